@@ -1,0 +1,56 @@
+# make test          the whole test suite, in .venv with the versions of constraints.txt
+# make demo          the demonstration, in the same environment
+# make lint          style and format
+# make test-lowest   the test suite in .venv-lowest, every dependency at its lower bound in pyproject.toml
+# make clean         removes both environments and all caches
+#
+# The network is needed to install, never to test. torch goes first, so that its build is a choice. Without CUDA:
+#   make test TORCH='torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cpu'
+# The same for the lower bounds, when only one build of torch is at hand (all others stay at theirs):
+#   make test-lowest TORCH=torch==2.13.0
+
+PYTHON ?= python3
+VENV ?= .venv
+VENV_LOWEST ?= .venv-lowest
+TORCH ?=
+
+.PHONY: test demo lint test-lowest clean
+
+test: $(VENV)/.installed
+	$(VENV)/bin/python -m pytest
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/python hub_models/gaml-bert-demo/demo.py
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+
+# datasets before 5.2 leaves a CSV file it has read to the garbage collector; elsewhere that warning is an error.
+test-lowest: $(VENV_LOWEST)/.installed
+	$(VENV_LOWEST)/bin/python -m pytest -W 'ignore:unclosed file:ResourceWarning'
+
+clean:
+	rm -rf $(VENV) $(VENV_LOWEST) .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# $(call install,environment,pins): one line for torch taken from the pins unless TORCH says otherwise, then the rest.
+define install
+	@grep -v '^torch==' $(2) > $(1)/constraints.txt
+	@echo 'Installing into $(1): some minutes the first time.'
+	@$(1)/bin/python -m pip install -qq --no-compile --disable-pip-version-check -c $(1)/constraints.txt \
+		$(if $(TORCH),$(TORCH),$$(grep '^torch==' $(2)))
+	@$(1)/bin/python -m pip install -qq --no-compile --disable-pip-version-check -c $(1)/constraints.txt -e '.[test,dev]'
+	@touch $@
+endef
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -m venv $(VENV)
+	$(call install,$(VENV),constraints.txt)
+
+# Only what pyproject.toml names is lowered; what those packages need in turn is the newest they accept.
+$(VENV_LOWEST)/.installed: pyproject.toml
+	@$(PYTHON) -m venv $(VENV_LOWEST)
+	@$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' \
+		| sed 's/>=/==/' > $(VENV_LOWEST)/lowest.txt
+	$(call install,$(VENV_LOWEST),$(VENV_LOWEST)/lowest.txt)
