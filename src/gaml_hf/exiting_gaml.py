@@ -1,0 +1,227 @@
+"""
+Exit policies: at which exit does each row leave? Appendix B of Zhu et al. (2021) reviews entropy, score and patience.
+
+A policy is a pure function of the logits of the exits run so far, so one object decides live, row by row, and in
+replay over logits that were computed once. It keeps no counter: threads may share it, and a row never sees its
+neighbours.
+
+A new strategy is one class with a `name`, the decorator `@register`, and its test.
+"""
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+EXIT_POLICIES: dict[str, type["ExitPolicy"]] = {}
+
+
+def register(policy: type["ExitPolicy"]) -> type["ExitPolicy"]:
+    """Make `policy` available as `exit_strategy=policy.name`."""
+    EXIT_POLICIES[policy.name] = policy
+    return policy
+
+
+class ExitPolicy:
+    """
+    Decides after each exit which rows leave.
+
+    Subclasses implement `should_exit` and `from_config`; callers use the object as a function or call `replay`.
+    """
+
+    name: ClassVar[str]  # the `exit_strategy`
+    parameter: ClassVar[str | None] = None  # the config field that the strategy reads, if any
+
+    @classmethod
+    def from_config(cls, config: Any) -> "ExitPolicy":
+        """Read the strategy's own fields from a [`GamlBertConfig`] and check them."""
+        return cls()
+
+    def should_exit(self, exit_logits: Tensor) -> Tensor:
+        """
+        Args:
+            exit_logits (`torch.Tensor` of shape `(batch_size, num_exits_run, num_labels)`):
+                Logits of the exits run so far, shallowest first; the last one has just been computed.
+
+        Returns:
+            `torch.BoolTensor` of shape `(batch_size,)`: `True` where the row leaves with the last exit's answer.
+        """
+        raise TypeError(f"{type(self).__name__} must implement `should_exit`.")
+
+    def __call__(self, exit_logits: Tensor) -> Tensor:
+        # Every comparison with NaN is False: without this a row with broken logits would run on to the last exit.
+        broken = ~torch.isfinite(exit_logits[:, -1]).all(dim=-1)
+        return self.should_exit(exit_logits) | broken
+
+    def replay(self, exit_logits: Tensor) -> Tensor:
+        """
+        The decisions a live run would have taken, from logits of all exits.
+
+        Args:
+            exit_logits (`torch.Tensor` of shape `(batch_size, num_exits, num_labels)`): logits of every exit.
+
+        Returns:
+            `torch.LongTensor` of shape `(batch_size,)`: 0-based position of the exit at which each row leaves, in
+            `[0, num_exits - 1]`. Position `i` is layer `config.exit_layers[i]`.
+        """
+        num_exits = exit_logits.shape[1]
+        position = torch.full(exit_logits.shape[:1], num_exits - 1, dtype=torch.int64, device=exit_logits.device)
+        for last in reversed(range(num_exits - 1)):
+            position = torch.where(self(exit_logits[:, : last + 1]), last, position)
+        return position
+
+
+@register
+class FullDepth(ExitPolicy):
+    """Run every layer; the answer is the last exit's."""
+
+    name = "none"
+
+    def should_exit(self, exit_logits: Tensor) -> Tensor:
+        return torch.zeros(exit_logits.shape[:1], dtype=torch.bool, device=exit_logits.device)
+
+
+@register
+class Budgeted(ExitPolicy):
+    """
+    Budgeted exiting (Zhu et al., 2021, Sec. 2.2.2): every row leaves at the same exit.
+
+    Args:
+        num_exits (`int`): how many exits to run, from 1.
+    """
+
+    name = "budgeted"
+    parameter = "budgeted_exit"
+
+    def __init__(self, num_exits: int):
+        self.num_exits = num_exits
+
+    @classmethod
+    def from_config(cls, config: Any) -> "Budgeted":
+        if type(config.budgeted_exit) is not int or config.budgeted_exit not in config.exit_layers:
+            raise ValueError(
+                f"`budgeted_exit` must be one of the exits of this model, {list(config.exit_layers)} (the first layer "
+                f'is 1), when `exit_strategy="budgeted"`. Got `budgeted_exit={config.budgeted_exit!r}`.'
+            )
+        return cls(config.exit_layers.index(config.budgeted_exit) + 1)
+
+    def should_exit(self, exit_logits: Tensor) -> Tensor:
+        leave = exit_logits.shape[1] >= self.num_exits
+        return torch.full(exit_logits.shape[:1], leave, dtype=torch.bool, device=exit_logits.device)
+
+
+@register
+class Patience(ExitPolicy):
+    """
+    PABEE (Zhou et al., 2020): leave once the predicted class has stayed the same for `patience` comparisons in a row.
+
+    Args:
+        patience (`int`): agreeing comparisons between neighbouring exits, from 1. The earliest exit is `patience + 1`.
+    """
+
+    name = "patience"
+    parameter = "patience"
+
+    def __init__(self, patience: int):
+        if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
+            raise ValueError(
+                "`patience` must be a whole number of at least 1: how many exits in a row must confirm the prediction "
+                f"of the one before. Got `patience={patience!r}`."
+            )
+        self.patience = patience
+
+    @classmethod
+    def from_config(cls, config: Any) -> "Patience":
+        return cls(config.patience)
+
+    def should_exit(self, exit_logits: Tensor) -> Tensor:
+        if exit_logits.shape[1] <= self.patience:
+            return torch.zeros(exit_logits.shape[:1], dtype=torch.bool, device=exit_logits.device)
+        predictions = exit_logits[:, -(self.patience + 1) :].argmax(dim=-1)  # (batch_size, patience + 1)
+        return (predictions == predictions[:, -1:]).all(dim=1)
+
+
+class _Threshold(ExitPolicy):
+    """What the two confidence policies share: one number in `[0, 1]`."""
+
+    parameter = "exit_threshold"
+
+    def __init__(self, exit_threshold: float):
+        if isinstance(exit_threshold, bool) or not isinstance(exit_threshold, int | float):
+            raise ValueError(f"`exit_threshold` must be a number in [0, 1]. Got `exit_threshold={exit_threshold!r}`.")
+        if not 0.0 <= exit_threshold <= 1.0:
+            raise ValueError(f"`exit_threshold` must lie in [0, 1]. Got `exit_threshold={exit_threshold!r}`.")
+        self.exit_threshold = float(exit_threshold)
+
+    @classmethod
+    def from_config(cls, config: Any) -> "_Threshold":
+        return cls(config.exit_threshold)
+
+
+@register
+class Entropy(_Threshold):
+    """
+    DeeBERT (Xin et al., 2020) and FastBERT (Liu et al., 2020): leave once the prediction's entropy is low enough.
+
+    Args:
+        exit_threshold (`float`): leave where `H(p) / log(num_labels) < exit_threshold`, in `[0, 1]`. With 0, no row
+            leaves early.
+    """
+
+    name = "entropy"
+
+    def should_exit(self, exit_logits: Tensor) -> Tensor:
+        return normalized_entropy(exit_logits[:, -1]) < self.exit_threshold
+
+
+@register
+class MaxProb(_Threshold):
+    """
+    Shallow-Deep networks (Kaya et al., 2019): leave once the largest class probability is high enough.
+
+    Args:
+        exit_threshold (`float`): leave where `max p > exit_threshold`, in `[0, 1]`. With 1, no row leaves early.
+    """
+
+    name = "max_prob"
+
+    def should_exit(self, exit_logits: Tensor) -> Tensor:
+        log_p = F.log_softmax(exit_logits[:, -1].float(), dim=-1)
+        return log_p.amax(dim=-1).exp() > self.exit_threshold
+
+
+def normalized_entropy(logits: Tensor) -> Tensor:
+    """
+    Entropy of `softmax(logits)` divided by its maximum `log(num_labels)`.
+
+    Computed in float32 from log-softmax, so that logits of any finite size, and half precision, are safe.
+
+    Args:
+        logits (`torch.Tensor` of shape `(..., num_labels)`): finite, `num_labels >= 2`.
+
+    Returns:
+        `torch.Tensor` of shape `(...)`, in `[0, 1]`: 0 is certainty.
+    """
+    log_p = F.log_softmax(logits.float(), dim=-1)
+    # A probability that underflows to 0 has log p of at most -1000s, never -inf, so the product is a plain 0.
+    return -(log_p.exp() * log_p).sum(dim=-1) / math.log(logits.shape[-1])
+
+
+def policy_from_config(config: Any) -> ExitPolicy:
+    """
+    The policy that `config.exit_strategy` names, with its parameters checked.
+
+    Args:
+        config ([`GamlBertConfig`]): or anything with its exit fields.
+
+    Raises:
+        ValueError: the strategy is unknown, or a field it reads is missing or out of range.
+    """
+    if not isinstance(config.exit_strategy, str) or config.exit_strategy not in EXIT_POLICIES:
+        raise ValueError(
+            f"`exit_strategy` must be one of {sorted(EXIT_POLICIES)}. Got `exit_strategy={config.exit_strategy!r}`."
+        )
+    return EXIT_POLICIES[config.exit_strategy].from_config(config)

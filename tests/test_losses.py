@@ -1,0 +1,166 @@
+"""Eqs. 1-3: numbers worked by hand, the loops of `reference.py`, and what has gone wrong in other implementations."""
+
+import math
+
+import torch
+from pytest import approx, mark
+from torch import tensor
+from torch.testing import assert_close
+
+from gaml_hf.losses_gaml import (
+    cross_entropy_loss,
+    distillation_loss,
+    distillation_pairs,
+    exit_weights,
+    total_loss,
+)
+from reference import ce_loss_reference, kd_loss_reference
+
+
+EXITS = [2, 3, 5, 6]  # not 1..M, for a layer is not a position
+GRAPHS = [  # as in the config, in layers; what the loops take, in positions
+    ("mutual", [(i, j) for i in range(4) for j in range(4) if i != j]),
+    ("last_to_all", [(3, 0), (3, 1), (3, 2)]),
+    ([[3, 2], [2, 6]], [(1, 0), (0, 3)]),
+]
+
+
+def kd(exit_logits, distillation, exit_layers=EXITS, **kwargs):
+    return distillation_loss(exit_logits, distillation_pairs(distillation, exit_layers), exit_layers, **kwargs)
+
+
+def random_logits(batch_size=5, num_exits=4, num_labels=3):
+    return 2 * torch.randn(batch_size, num_exits, num_labels)
+
+
+def test_equations_1_to_3_by_hand():
+    # One row of class 0 and two exits: p_1 = (1/2, 1/2), p_2 = (3/4, 1/4).
+    logits, labels = tensor([[[0.0, 0.0], [math.log(3), 0.0]]]), tensor([0])
+    ce_loss = cross_entropy_loss(logits, labels, exit_weights([1, 2], "linear"))
+    kd_loss = kd(logits, "mutual", [1, 2])
+    assert ce_loss.item() == approx(0.42284, abs=1e-5)  # 1/3 * ln 2 + 2/3 * ln 4/3 = 0.23105 + 0.19179
+    assert kd_loss.item() == approx(0.27465, abs=1e-5)  # KL(p_1 || p_2) + KL(p_2 || p_1) = 0.14384 + 0.13081
+    assert total_loss(ce_loss, kd_loss, alpha=0.2).item() == approx(0.39320, abs=1e-5)  # 0.8 * L^CE + 0.2 * L^KD
+
+
+@mark.parametrize(
+    ("exit_layers", "scheme", "expected"),
+    [
+        ([1, 2, 3, 4], "linear", [0.1, 0.2, 0.3, 0.4]),
+        ([6, 12], "linear", [1 / 3, 2 / 3]),  # m / sum(m): m is the layer, the sum is over the exits that are there
+        ([1, 12], "linear", [1 / 13, 12 / 13]),
+        ([6, 12], "uniform", [0.5, 0.5]),
+        ([6, 12], "last", [0.0, 1.0]),
+    ],
+)
+def test_exit_weights(exit_layers, scheme, expected):
+    assert exit_weights(exit_layers, scheme) == approx(expected)
+
+
+@mark.parametrize(
+    ("distillation", "expected"),
+    [
+        ("none", []),
+        ("mutual", [(1, 2), (1, 4), (2, 1), (2, 4), (4, 1), (4, 2)]),
+        ("last_to_all", [(4, 1), (4, 2)]),  # FastBERT: (teacher, student)
+        ([[4, 1], [2, 4]], [(4, 1), (2, 4)]),
+    ],
+)
+def test_distillation_pairs(distillation, expected):
+    assert distillation_pairs(distillation, [1, 2, 4]) == expected
+
+
+@mark.parametrize("scheme", ["linear", "uniform", "last"])
+def test_ce_loss_agrees_with_the_loops(scheme):
+    logits, labels = random_logits(), tensor([0, 1, 2, 2, 0])
+    weights = exit_weights(EXITS, scheme)
+    expected = ce_loss_reference(logits.tolist(), labels.tolist(), weights)
+    assert cross_entropy_loss(logits, labels, weights).item() == approx(expected, rel=1e-5)
+    # Not contiguous: exits first, as a caller may have stacked them.
+    shuffled = logits.transpose(0, 1).contiguous().transpose(0, 1)
+    assert cross_entropy_loss(shuffled, labels, weights).item() == approx(expected, rel=1e-5)
+
+
+@mark.parametrize("temperature", [1.0, 2.5])
+@mark.parametrize(("distillation", "positions"), GRAPHS)
+def test_kd_loss_agrees_with_the_loops(distillation, positions, temperature):
+    logits = random_logits()
+    expected = kd_loss_reference(logits.tolist(), positions, temperature)
+    assert kd(logits, distillation, temperature=temperature).item() == approx(expected, rel=1e-5)
+    mean = kd(logits, distillation, temperature=temperature, reduction="mean")
+    assert mean.item() == approx(expected / len(positions), rel=1e-5)
+
+
+@mark.parametrize("temperature", [1.0, 2.5])
+@mark.parametrize(("distillation", "positions"), GRAPHS)
+def test_teachers_are_detached(distillation, positions, temperature):
+    """Then the gradient at student j is `sum_i (p_j - p_i)`, times T^2 / T, over the batch size. Worked in loops."""
+    logits = random_logits().requires_grad_()
+    kd(logits, distillation, temperature=temperature).backward()
+    expected = torch.zeros_like(logits)
+    for row in range(5):
+        p = (logits[row].detach().double() / temperature).softmax(dim=-1).tolist()
+        for teacher, student in positions:
+            for k in range(3):
+                expected[row, student, k] += temperature * (p[student][k] - p[teacher][k]) / 5
+    assert_close(logits.grad, expected)
+
+
+@mark.parametrize(
+    "loss",
+    [
+        lambda logits, labels: cross_entropy_loss(logits, labels, exit_weights(EXITS, "linear")),
+        lambda logits, labels: kd(logits, "mutual"),
+    ],
+    ids=["ce", "kd"],
+)
+class TestBoth:
+    def test_mean_over_the_batch(self, loss):
+        """A sum over the batch, or a mean over batch x classes, would make alpha depend on their sizes."""
+        logits, labels = random_logits(), tensor([0, 1, 2, 2, 0])
+        once = loss(logits, labels)
+        assert_close(loss(logits.repeat(3, 1, 1), labels.repeat(3)), once)
+        rows = [loss(logits[i : i + 1], labels[i : i + 1]) for i in range(5)]
+        assert_close(torch.stack(rows).mean(), once)
+
+    @mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_half_precision_logits(self, loss, dtype):
+        logits, labels = random_logits().to(dtype).requires_grad_(), tensor([0, 1, 2, 2, 0])
+        value = loss(logits, labels)
+        value.backward()
+        assert value.dtype == torch.float32
+        assert_close(value, loss(logits.detach().float(), labels))  # as good as the logits are
+        assert logits.grad.dtype == dtype
+        assert logits.grad.isfinite().all()
+
+    @mark.parametrize("dtype", [torch.float32, torch.float16])
+    def test_huge_logits_stay_finite(self, loss, dtype):
+        huge = tensor([[[1000.0, -1000.0], [-1000.0, 1000.0]] * 2], dtype=dtype, requires_grad=True)
+        value = loss(huge, tensor([1]))
+        value.backward()
+        assert value.isfinite()
+        assert huge.grad.isfinite().all()
+
+
+def test_huge_logits_by_hand():
+    logits = tensor([[[1000.0, -1000.0], [-1000.0, 1000.0]]])
+    assert cross_entropy_loss(logits, tensor([1]), [0.5, 0.5]).item() == 1000.0  # 0.5 * 2000 + 0.5 * 0
+    assert kd(logits, "mutual", [1, 2]).item() == 4000.0  # 2000 each way
+
+
+def test_temperature_divides_the_logits():
+    """Not the probabilities: so T^2 * KL tends to |z_i - z_j|^2 / (2 K) for centred logits (Hinton et al., 2015)."""
+    logits = tensor([[[1.0, -1.0], [0.0, 0.0]]])
+    assert kd(logits, [[1, 2]], [1, 2], temperature=10.0).item() == approx(0.5, rel=1e-2)  # (1 + 1) / (2 * 2)
+
+
+def test_exits_that_agree_have_nothing_to_learn():
+    logits = random_logits(num_exits=1).repeat(1, 4, 1).requires_grad_()
+    loss = kd(logits, "mutual")
+    loss.backward()
+    assert loss.item() == approx(0.0, abs=1e-5)
+    assert_close(logits.grad, torch.zeros_like(logits), atol=1e-6, rtol=0.0)
+
+
+def test_no_pair_no_loss():
+    assert kd(random_logits().half(), "none", reduction="mean").tolist() == 0.0
