@@ -1,0 +1,194 @@
+"""Configuration of GAML-BERT: a BERT with an exit after each layer (Zhu et al., 2021)."""
+
+import difflib
+from dataclasses import fields
+from typing import Any, ClassVar, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import BertConfig
+
+from .exiting_gaml import policy_from_config
+
+
+@strict
+class GamlBertConfig(BertConfig):
+    """
+    Everything that [`~transformers.BertConfig`] holds, and the exits, how they are trained and when a row leaves.
+
+    Exits are numbered by their layer, from 1, as in the paper.
+
+    Args:
+        exit_layers (`list[int]`, *optional*):
+            Layers that carry an exit, rising; the last one must be the last layer. Defaults to all layers.
+        exit_pooler (`str`, *optional*, defaults to `"none"`):
+            What stands between the [CLS] state and the linear exit: `"none"` (the paper, Sec. 6.4), `"shared"` (BERT's
+            pooler for all exits, as in PABEE) or `"per_exit"`.
+        exit_loss_weights (`str`, *optional*, defaults to `"linear"`):
+            Weights of the exits in L^CE: `"linear"` (Eq. 1), `"uniform"`, or `"last"` (plain fine-tuning). Read in
+            training.
+        distillation (`str` or `list[list[int]]`, *optional*, defaults to `"mutual"`):
+            Which exits learn from which: `"mutual"` (Eq. 3), `"last_to_all"` (FastBERT's direction), `"none"` (Eq. 1
+            alone: PABEE, DeeBERT, Shallow-Deep), or a list of `[teacher, student]` layers (Table 1). Read in training.
+        kd_reduction (`str`, *optional*, defaults to `"mean"`):
+            `"sum"` over the pairs is Eq. 3 to the letter; `"mean"` divides by their number, so that α weighs two
+            losses of one size. Read in training.
+        kd_temperature (`float`, *optional*, defaults to 1.0):
+            Temperature of L^KD, above 0; the loss is multiplied by its square. Read in training.
+        alpha (`float`, *optional*, defaults to 0.2):
+            α of Eqs. 2, 6 and 7, in `[0, 1]`. Read in training, never at inference.
+        ga_mode (`str`, *optional*, defaults to `"soft"`):
+            Gradient alignment: `"soft"` (Eq. 6), `"hard"` (Eq. 7) or `"none"` (ML-BERT, Eq. 2). Read by
+            [`GamlTrainer`] alone: a stock `Trainer` minimises Eq. 2.
+        ga_granularity (`str`, *optional*, defaults to `"global"`):
+            What shares one angle: `"global"` (all of Θ, the paper's notation), `"layer"` or `"tensor"`. Read with
+            `ga_mode`.
+        exit_strategy (`str`, *optional*, defaults to `"none"`):
+            When a row leaves: `"none"` (all layers), `"budgeted"`, `"patience"`, `"entropy"` or `"max_prob"`. Read at
+            inference, like the three below.
+        budgeted_exit (`int`, *optional*):
+            The layer at which every row leaves when `exit_strategy="budgeted"`; one of `exit_layers`.
+        patience (`int`, *optional*):
+            Agreeing comparisons after which a row leaves when `exit_strategy="patience"`, from 1.
+        exit_threshold (`float`, *optional*):
+            For `"entropy"`: leave below this normalised entropy. For `"max_prob"`: leave above this probability. In
+            `[0, 1]`.
+        exit_temperatures (`list[float]`, *optional*):
+            Calibration: at inference the logits of each exit are divided by its temperature, above 0. One per exit.
+    """
+
+    model_type = "gaml_bert"
+
+    exit_layers: list[int] | None = None
+    exit_pooler: Literal["none", "shared", "per_exit"] = "none"
+    exit_loss_weights: Literal["linear", "uniform", "last"] = "linear"
+    distillation: Literal["mutual", "last_to_all", "none"] | list[list[int]] = "mutual"
+    kd_reduction: Literal["sum", "mean"] = "mean"
+    kd_temperature: float | int = 1.0
+    alpha: float | int = 0.2
+    ga_mode: Literal["none", "soft", "hard"] = "soft"
+    ga_granularity: Literal["global", "layer", "tensor"] = "global"
+    exit_strategy: str = "none"
+    budgeted_exit: int | None = None
+    patience: int | None = None
+    exit_threshold: float | int | None = None
+    exit_temperatures: list[float | int] | None = None
+
+    # Scalars have no place among a Trainer's stacked predictions.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["ce_loss", "kd_loss"]
+
+    def __post_init__(self, **kwargs):
+        refuse_misspelt(kwargs, self)
+        if self.exit_layers is None:
+            self.exit_layers = list(range(1, self.num_hidden_layers + 1))
+        # A repository is used through these names, whether this package wrote it or a copy loaded from a Hub.
+        # Both are set afresh: a dict shared with another config, or a "repo--" prefix, must not survive a second save.
+        model_class = "modeling_gaml_bert.GamlBertForSequenceClassification"
+        kwargs["auto_map"] = {
+            "AutoConfig": "configuration_gaml_bert.GamlBertConfig",
+            "AutoModel": model_class,
+            "AutoModelForSequenceClassification": model_class,
+        }
+        kwargs["custom_pipelines"] = {
+            "text-classification": {
+                "impl": "pipeline_gaml.GamlTextClassificationPipeline",
+                "pt": ["AutoModelForSequenceClassification"],
+                "default": {},
+                "type": "text",
+            }
+        }
+        super().__post_init__(**kwargs)
+
+    @property
+    def num_exits(self) -> int:
+        """M, the number of exits."""
+        return len(self.exit_layers)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type not in ("bert", cls.model_type):
+            raise ValueError(
+                "GAML-BERT starts from a BERT or GAML-BERT checkpoint. "
+                f"`{pretrained_model_name_or_path}` holds a model of type `{model_type}`."
+            )
+        if model_type == "bert":  # else the config would go on calling itself "bert"
+            config_dict = {key: value for key, value in config_dict.items() if key != "model_type"}
+        return config_dict, kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        # The parent sets overrides after the validators have run; ours go through them.
+        refuse_misspelt(kwargs, cls)
+        known = {field.name for field in fields(cls)} & kwargs.keys() - {"dtype"}
+        return super().from_dict(
+            {**config_dict, **{key: kwargs[key] for key in known}},
+            **{key: value for key, value in kwargs.items() if key not in known},
+        )
+
+    def validate_exits(self):
+        layers = self.exit_layers
+        if layers != sorted(set(layers)) or not layers or layers[0] < 1 or layers[-1] != self.num_hidden_layers:
+            raise ValueError(
+                f"`exit_layers` must be rising layer numbers between 1 and {self.num_hidden_layers} "
+                f"(`num_hidden_layers`), the last of them {self.num_hidden_layers}. Got `exit_layers={layers}`."
+            )
+        temperatures = self.exit_temperatures
+        if temperatures is not None and (
+            len(temperatures) != len(layers) or not all(0 < t < float("inf") for t in temperatures)
+        ):
+            raise ValueError(
+                f"`exit_temperatures` must hold one finite number above 0 for each of the {len(layers)} exits. "
+                f"Got `exit_temperatures={temperatures}`."
+            )
+
+    def validate_exit_policy(self):
+        policy_from_config(self)
+
+    def validate_training(self):
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"`alpha` must lie in [0, 1]. Got `alpha={self.alpha}`.")
+        if not 0 < self.kd_temperature < float("inf"):
+            raise ValueError(
+                f"`kd_temperature` must be a finite number above 0. Got `kd_temperature={self.kd_temperature}`."
+            )
+        if isinstance(self.distillation, list):
+            for pair in self.distillation:
+                if len(pair) != 2 or pair[0] == pair[1] or not set(pair) <= set(self.exit_layers):
+                    raise ValueError(
+                        f"`distillation` must hold pairs [teacher, student] of two different exits out of "
+                        f"{self.exit_layers}. Got the pair {pair}."
+                    )
+
+    def validate_task(self):
+        if self.problem_type not in (None, "single_label_classification"):
+            raise ValueError(
+                "Exits need one class per text: `problem_type` must be None or 'single_label_classification' "
+                f"(regression and multi-label tasks are outside the paper). Got `problem_type={self.problem_type!r}`."
+            )
+        if self.num_labels < 2:
+            raise ValueError(
+                "`num_labels` must be at least 2: with one label every exit is certain of it, and regression (STS-B) "
+                f"is outside the paper. Got `num_labels={self.num_labels}`."
+            )
+        names = list((self.id2label or {}).values())
+        if len(set(names)) != len(names):
+            raise ValueError(f"`id2label` must name each class differently. Got {self.id2label}.")
+        if self.is_decoder or self.add_cross_attention:
+            raise ValueError("GAML-BERT is an encoder: `is_decoder` and `add_cross_attention` must be False.")
+
+
+def refuse_misspelt(kwargs: dict[str, Any], config: Any) -> None:
+    """
+    Raise where a keyword nobody knows is nearly one of the config's own: `patiense=2` must not be ignored.
+
+    Raises:
+        ValueError: names the keyword and the field that was probably meant.
+    """
+    own = [field.name for field in fields(config) if field.name in GamlBertConfig.__annotations__]
+    for key in kwargs:
+        if key not in own and (match := difflib.get_close_matches(key, own, n=1, cutoff=0.8)):
+            raise ValueError(f"`{key}` is not a field of GamlBertConfig. Did you mean `{match[0]}`?")
+
+
+__all__ = ["GamlBertConfig"]

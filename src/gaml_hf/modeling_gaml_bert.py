@@ -1,0 +1,373 @@
+"""
+BERT with an exit after each layer (Zhu et al., 2021). Start reading at `GamlBertForSequenceClassification.forward`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import BertModel, BertPreTrainedModel
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.models.bert.modeling_bert import BertPooler
+from transformers.utils import ModelOutput
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_gaml_bert import GamlBertConfig
+from .exiting_gaml import ExitPolicy, policy_from_config
+from .losses_gaml import cross_entropy_loss, distillation_loss, distillation_pairs, exit_weights, total_loss
+
+# Not used here: a save copies only the files that this one imports, and the config names this pipeline.
+from .pipeline_gaml import GamlTextClassificationPipeline  # noqa: F401
+
+
+@dataclass
+class GamlSequenceClassifierOutput(ModelOutput):
+    """
+    Output of [`GamlBertForSequenceClassification`].
+
+    Args:
+        loss (`torch.Tensor` of shape `()`, *optional*, returned with `labels`): L of Eq. 2, in nats.
+        logits (`torch.Tensor` of shape `(batch_size, num_labels)`):
+            Each row's answer: the logits of the exit at which it left. In training mode, those of the last exit.
+        exit_layer (`torch.LongTensor` of shape `(batch_size,)`, not in training mode):
+            The layer at which each row left, from 1.
+        exit_logits (`torch.Tensor` of shape `(batch_size, num_exits, num_labels)`, *optional*):
+            Logits of every exit; returned in training, with `labels`, and with `output_exit_logits=True`.
+        ce_loss (`torch.Tensor` of shape `()`, *optional*, returned with `labels`): L^CE of Eq. 1.
+        kd_loss (`torch.Tensor` of shape `()`, *optional*, returned with `labels`): L^KD of Eq. 3.
+        hidden_states (`tuple(torch.Tensor)`, *optional*, returned with `output_hidden_states=True`):
+            The embeddings and each layer's output, `(batch_size, sequence_length, hidden_size)`.
+        attentions (`tuple(torch.Tensor)`, *optional*, returned with `output_attentions=True`):
+            Each layer's attention, `(batch_size, num_heads, sequence_length, sequence_length)`.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    exit_layer: Tensor | None = None
+    exit_logits: Tensor | None = None
+    ce_loss: Tensor | None = None
+    kd_loss: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+class GamlBertForSequenceClassification(BertPreTrainedModel):
+    """
+    GAML-BERT: BERT with a linear classifier on the [CLS] state of each exit layer (Zhu et al., 2021, Secs. 2.2, 6.4).
+
+    `from_pretrained` starts from any BERT checkpoint, whose encoder it keeps and whose exits are then new, or from a
+    GAML-BERT checkpoint, which must hold every exit that the config names.
+
+    Args:
+        config ([`GamlBertConfig`]): the model, its exits and their policy.
+    """
+
+    config_class = GamlBertConfig
+    # Our loss is a mean over the micro-batch. Otherwise the Trainer would neither divide it by the number of
+    # micro-batches nor average it over ranks (huggingface/transformers#47688).
+    accepts_loss_kwargs = False
+    _no_split_modules = ["BertEmbeddings", "BertLayer"]
+    # Heads of plain BERT checkpoints that an exit does not use.
+    _keys_to_ignore_on_load_unexpected = [r"^(bert\.)?pooler\.", r"^cls\.", r"^classifier\."]
+
+    def __init__(self, config: GamlBertConfig):
+        super().__init__(config)
+        self.bert = BertModel(config, add_pooling_layer=config.exit_pooler == "shared")
+        dropout = config.classifier_dropout
+        self.dropout = nn.Dropout(config.hidden_dropout_prob if dropout is None else dropout)
+        # Named by layer and not by position: a checkpoint loaded with fewer exits still gives each layer its own.
+        self.exit_classifiers = nn.ModuleDict(
+            {str(m): nn.Linear(config.hidden_size, config.num_labels) for m in config.exit_layers}
+        )
+        if config.exit_pooler == "per_exit":
+            self.exit_poolers = nn.ModuleDict({str(m): BertPooler(config) for m in config.exit_layers})
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+        """
+        As [`~transformers.PreTrainedModel.from_pretrained`].
+
+        Raises:
+            ValueError: the checkpoint lacks a layer, or a GAML-BERT checkpoint lacks anything that the config names.
+                It would answer at random.
+        """
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        missing = sorted(info["missing_keys"])
+        # A checkpoint with any exit is a GAML-BERT, also where a `config` was given that does not say so.
+        is_gaml = cls.__name__ in (model.config.architectures or [])
+        is_gaml |= any(key.startswith("exit_") and key not in missing for key in model.state_dict())
+        if not is_gaml:  # a plain BERT: exits and their poolers are new
+            missing = [key for key in missing if key.startswith(("bert.embeddings.", "bert.encoder."))]
+        if missing:
+            raise ValueError(
+                f"The checkpoint `{pretrained_model_name_or_path}` lacks {len(missing)} weights that the config "
+                f"names, the first of them `{missing[0]}`. Load it with the `num_hidden_layers`, `exit_layers` and "
+                "`exit_pooler` it was trained with."
+            )
+        return (model, info) if output_loading_info else model
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        exit_policy: ExitPolicy | None = None,
+        output_exit_logits: bool = False,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+    ) -> GamlSequenceClassifierOutput:
+        """
+        In evaluation mode, rows leave as the exit policy decides, and layers run only for the rows still there.
+        Training, a loss, and `output_*` need every layer: then all run, and the policy's decisions are replayed.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): token ids, [CLS] first.
+            attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+                1 for tokens and 0 for padding, which must be on the right. Defaults to no padding.
+            token_type_ids, position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                As BERT's.
+            inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
+                Embeddings in place of `input_ids`.
+            labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*): classes, in `[0, num_labels - 1]`.
+            exit_policy ([`ExitPolicy`], *optional*): decides for this call. Defaults to the config's.
+            output_exit_logits (`bool`): return the logits of all exits.
+            output_hidden_states, output_attentions (`bool`, *optional*): return these of all layers.
+
+        Returns:
+            [`GamlSequenceClassifierOutput`] or, with `return_dict=False`, a tuple of its fields that are there.
+
+        Raises:
+            ValueError: an input has the wrong shape, is too long, or holds ids or labels out of range (on the CPU: a
+                check on a GPU would stall it).
+        """
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        self._check_inputs(input_ids, inputs_embeds, attention_mask, token_type_ids, labels, output_attentions)
+        hidden_states = self._embed(input_ids, inputs_embeds, token_type_ids, position_ids)
+
+        need_all = labels is not None or output_exit_logits or output_hidden_states or output_attentions
+        if not self.training and not need_all:
+            logits, exit_layer = self._exit_early(
+                hidden_states, attention_mask, exit_policy or policy_from_config(self.config)
+            )
+            return GamlSequenceClassifierOutput(logits=logits, exit_layer=exit_layer)
+
+        exit_logits = self._run_all_exits(hidden_states, attention_mask)  # (batch_size, num_exits, num_labels)
+        if self.training:
+            logits, exit_layer = exit_logits[:, -1], None
+        else:
+            position = (exit_policy or policy_from_config(self.config)).replay(exit_logits)  # (batch_size,)
+            logits = exit_logits[torch.arange(len(position), device=position.device), position]
+            exit_layer = position.new_tensor(self.config.exit_layers)[position]
+        loss = ce_loss = kd_loss = None
+        if labels is not None:
+            loss, ce_loss, kd_loss = self._losses(exit_logits, labels)
+        return GamlSequenceClassifierOutput(
+            loss=loss, logits=logits, exit_layer=exit_layer, exit_logits=exit_logits, ce_loss=ce_loss, kd_loss=kd_loss
+        )
+
+    def truncate(self, exit_layer: int) -> "GamlBertForSequenceClassification":
+        """
+        A smaller model for budgeted use: the layers and exits up to `exit_layer`, copied.
+
+        Args:
+            exit_layer (`int`): the exit that becomes the last, one of `config.exit_layers`.
+
+        Returns:
+            `GamlBertForSequenceClassification`: of `exit_layer` layers, in evaluation mode, on the same device.
+        """
+        config = self.config
+        if exit_layer not in config.exit_layers:
+            raise ValueError(
+                f"`exit_layer` must be one of the exits of this model, {config.exit_layers}; the first layer is 1. "
+                f"Got `exit_layer={exit_layer}`."
+            )
+        layers = [m for m in config.exit_layers if m <= exit_layer]
+        changes = {
+            "num_hidden_layers": exit_layer,
+            "exit_layers": layers,
+            "attn_implementation": config._attn_implementation,  # not in `to_dict()`
+        }
+        if config.exit_temperatures is not None:
+            changes["exit_temperatures"] = config.exit_temperatures[: len(layers)]
+        if isinstance(config.distillation, list):
+            changes["distillation"] = [pair for pair in config.distillation if max(pair) <= exit_layer]
+        if config.budgeted_exit is not None and config.budgeted_exit >= exit_layer:
+            changes["budgeted_exit"] = None
+            changes["exit_strategy"] = "none" if config.exit_strategy == "budgeted" else config.exit_strategy
+        smaller = type(self)(type(config).from_dict(config.to_dict(), **changes))
+        state = self.state_dict()
+        smaller.load_state_dict({key: state[key] for key in smaller.state_dict()})
+        return smaller.to(device=self.device, dtype=self.dtype).eval()
+
+    # What another encoder of this family would have to say differently: how it embeds, and how it runs one layer.
+
+    def _embed(self, input_ids, inputs_embeds, token_type_ids, position_ids) -> Tensor:
+        return self.bert.embeddings(
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+        )  # (batch_size, sequence_length, hidden_size)
+
+    def _layer_mask(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor | None:
+        return create_bidirectional_mask(
+            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
+        )
+
+    def _run_layer(self, m: int, hidden_states: Tensor, layer_mask: Tensor | None) -> Tensor:
+        return self.bert.encoder.layer[m - 1](hidden_states, layer_mask)
+
+    def _run_exit(self, m: int, hidden_states: Tensor) -> Tensor:
+        """Logits of exit m, `f_m` before its softmax: `(batch_size, num_labels)`."""
+        if self.config.exit_pooler == "shared":
+            state = self.bert.pooler(hidden_states)
+        elif self.config.exit_pooler == "per_exit":
+            state = self.exit_poolers[str(m)](hidden_states)
+        else:
+            state = hidden_states[:, 0]  # [CLS]
+        logits = self.exit_classifiers[str(m)](self.dropout(state))
+        if self.config.exit_temperatures is not None and not self.training:
+            logits = logits / self.config.exit_temperatures[self.config.exit_layers.index(m)]
+        return logits
+
+    def _run_all_exits(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
+        layer_mask = self._layer_mask(hidden_states, attention_mask)
+        exit_logits = []
+        for m in range(1, self.config.num_hidden_layers + 1):
+            hidden_states = self._run_layer(m, hidden_states, layer_mask)
+            if m in self.config.exit_layers:
+                exit_logits.append(self._run_exit(m, hidden_states))
+        return torch.stack(exit_logits, dim=1)  # (batch_size, num_exits, num_labels)
+
+    def _exit_early(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, policy: ExitPolicy
+    ) -> tuple[Tensor, Tensor]:
+        """Dynamic exiting (Sec. 2.2.2) for a whole batch: rows that leave are dropped, so no row waits for another."""
+        if torch.jit.is_tracing() or torch.compiler.is_exporting():
+            raise ValueError(
+                "A traced or exported model would send every row the way its example went. Export with "
+                "`output_exit_logits=True`, which runs all exits, and let `ExitPolicy.replay` decide."
+            )
+        batch_size = hidden_states.shape[0]
+        rows = torch.arange(batch_size, device=hidden_states.device)  # of the batch, for the rows still there
+        exit_layer = rows.new_empty(batch_size)
+        hidden_states, attention_mask = self._trim(hidden_states, attention_mask)
+        layer_mask = self._layer_mask(hidden_states, attention_mask)
+        logits = history = None  # (batch_size, num_labels), (rows, num_exits_run, num_labels)
+        for m in range(1, self.config.num_hidden_layers + 1):
+            hidden_states = self._run_layer(m, hidden_states, layer_mask)
+            if m not in self.config.exit_layers:
+                continue
+            answer = self._run_exit(m, hidden_states)
+            # Written for every row still there; a row that stays writes again at a later exit.
+            logits = answer if logits is None else logits.index_copy(0, rows, answer)
+            exit_layer = exit_layer.index_fill(0, rows, m)
+            if m == self.config.num_hidden_layers:
+                break
+            history = answer[:, None] if history is None else torch.cat([history, answer[:, None]], dim=1)
+            stay = (~policy(history)).nonzero().squeeze(1)  # on a GPU, the one wait of this exit
+            if len(stay) == 0:
+                break
+            if len(stay) < len(rows):
+                rows, history, hidden_states = rows[stay], history[stay], hidden_states[stay]
+                attention_mask = None if attention_mask is None else attention_mask[stay]
+                hidden_states, attention_mask = self._trim(hidden_states, attention_mask)
+                layer_mask = self._layer_mask(hidden_states, attention_mask)
+        return logits, exit_layer
+
+    @staticmethod
+    def _trim(hidden_states: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Cut the padding that no row needs any more."""
+        if attention_mask is None:
+            return hidden_states, None
+        longest = int(attention_mask.any(dim=0).nonzero().amax()) + 1
+        return hidden_states[:, :longest], attention_mask[:, :longest]
+
+    def _losses(self, exit_logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """L, L^CE and L^KD of Eqs. 2, 1 and 3. Where nothing distils (PABEE's training), L is L^CE."""
+        config = self.config
+        ce_loss = cross_entropy_loss(exit_logits, labels, exit_weights(config.exit_layers, config.exit_loss_weights))
+        pairs = distillation_pairs(config.distillation, config.exit_layers)
+        kd_loss = distillation_loss(
+            exit_logits,
+            pairs,
+            config.exit_layers,
+            temperature=config.kd_temperature,
+            reduction=config.kd_reduction,
+        )
+        return (total_loss(ce_loss, kd_loss, config.alpha) if pairs else ce_loss), ce_loss, kd_loss
+
+    def _check_inputs(
+        self, input_ids, inputs_embeds, attention_mask, token_type_ids, labels, output_attentions
+    ) -> None:
+        """One clear error for what would otherwise fail deep inside, or quietly give a wrong answer."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        inputs, name, dim = (
+            (input_ids, "input_ids", 2) if inputs_embeds is None else (inputs_embeds, "inputs_embeds", 3)
+        )
+        if inputs.dim() != dim or inputs.shape[0] == 0 or inputs.shape[1] == 0:
+            raise ValueError(
+                f"`{name}` must have {dim} dimensions, at least one row and at least one token. "
+                f"Got shape {tuple(inputs.shape)}."
+            )
+        batch_size, length = inputs.shape[:2]
+        if length > self.config.max_position_embeddings:
+            raise ValueError(
+                f"`{name}` must be at most {self.config.max_position_embeddings} tokens long "
+                f"(`max_position_embeddings`). Got {length}; tokenize with `truncation=True`."
+            )
+        for other_name, other in (("attention_mask", attention_mask), ("token_type_ids", token_type_ids)):
+            if other is not None and other.shape != (batch_size, length):
+                raise ValueError(
+                    f"`{other_name}` must have shape {(batch_size, length)}, as `{name}`. Got {tuple(other.shape)}."
+                )
+        if labels is not None and (labels.shape != (batch_size,) or labels.dtype != torch.int64):
+            raise ValueError(
+                f"`labels` must have shape {(batch_size,)} and type torch.int64: one class for each row of `{name}`. "
+                f"Got shape {tuple(labels.shape)}, {labels.dtype}."
+            )
+        if output_attentions and self.config._attn_implementation != "eager":
+            raise ValueError(
+                '`output_attentions=True` needs the model loaded with `attn_implementation="eager"`. '
+                f"Got `attn_implementation={self.config._attn_implementation!r}`."
+            )
+        # The values themselves: free on the CPU; on a GPU a look would stall it, in a compiled graph break it.
+        if inputs.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        if input_ids is not None:
+            self._check_range("input_ids", input_ids, self.config.vocab_size, "`vocab_size` of the model")
+        if token_type_ids is not None:
+            self._check_range(
+                "token_type_ids", token_type_ids, self.config.type_vocab_size, "`type_vocab_size` of the model"
+            )
+        if labels is not None:
+            self._check_range("labels", labels, self.config.num_labels, "`num_labels` of the model")
+        if attention_mask is not None and not attention_mask[:, 0].all():
+            row = int((attention_mask[:, 0] == 0).nonzero()[0])
+            raise ValueError(
+                f"`attention_mask` must be 1 at the first position of every row: an exit reads [CLS] there. Row {row} "
+                'starts with padding; pad on the right (`padding_side="right"`).'
+            )
+
+    @staticmethod
+    def _check_range(name: str, values: Tensor, bound: int, meaning: str) -> None:
+        wrong = (values < 0) | (values >= bound)
+        if wrong.any():
+            row = int(wrong.nonzero()[0][0])
+            raise ValueError(
+                f"`{name}` must lie between 0 and {bound - 1} ({meaning} is {bound}). Row {row} holds "
+                f"{int(values[wrong][0])}."
+            )
+
+
+__all__ = ["GamlBertForSequenceClassification", "GamlSequenceClassifierOutput"]

@@ -1,0 +1,430 @@
+"""
+The text-classification pipeline of GAML-BERT: the stock one, plus where each row left, a say in it, and clear errors.
+
+A row is checked in `checked_texts`, a setting in `_sanitize_parameters`; nothing else decides what is valid.
+"""
+
+import copy
+import difflib
+import os
+import reprlib
+import threading
+from collections.abc import Iterator, Sequence, Sized
+from types import GeneratorType
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import Dataset
+from transformers import TextClassificationPipeline
+
+from .exiting_gaml import EXIT_POLICIES, policy_from_config
+
+
+EXIT_FIELDS = ("exit_strategy", "patience", "budgeted_exit", "exit_threshold")  # of the config
+EXIT_ARGUMENTS = ("exit_policy", *EXIT_FIELDS)
+
+# What a caller may ask of the tokenizer. Its other options take [CLS] or the mask away, or return what no model reads.
+TOKENIZER_ARGUMENTS = {
+    "padding": (True, False, "longest", "max_length", "do_not_pad"),
+    "truncation": (True, False, "longest_first", "only_first", "only_second", "do_not_truncate"),
+    "max_length": None,
+    "split_special_tokens": (True, False),
+}
+OTHER_ARGUMENTS = ("top_k", "function_to_apply", "on_error", "batch_size", "num_workers")
+
+# A fast tokenizer keeps the truncation and padding of the call in progress as its own state: two threads would get
+# each other's. One lock for all pipelines: they may share a tokenizer, and a lock in a pipeline could not be pickled.
+_tokenizer_lock = threading.Lock()
+
+
+def _renew_tokenizer_lock() -> None:
+    global _tokenizer_lock
+    _tokenizer_lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):  # a DataLoader's worker must not inherit a lock that another thread holds for ever
+    os.register_at_fork(after_in_child=_renew_tokenizer_lock)
+
+
+class GamlTextClassificationPipeline(TextClassificationPipeline):
+    """
+    [`~transformers.TextClassificationPipeline`] for GAML-BERT: the same calls and the same shapes of answers, and each
+    answer, a dict, also says where its row left.
+
+    - **label** (`str`), **score** (`float`): as in the stock pipeline, from the exit at which the row left.
+    - **exit_layer** (`int`): the layer at which the row left, from 1.
+    - **truncated** (`bool`, always there): whether the text was cut to the longest input, which is the least of the
+      tokenizer's `model_max_length`, the model's `max_position_embeddings` and `max_length`.
+    - **error** (`str`): there only for a row left out under `on_error="skip"`; all other values are then `None`.
+
+    Each of these arguments may be given here, for every call, and in a call, for that call alone:
+
+    Args:
+        exit_strategy (`str`, *optional*, defaults to the config's):
+            When a row leaves: `"none"` (all layers), `"budgeted"`, `"patience"`, `"entropy"` or `"max_prob"`.
+        patience (`int`, *optional*):
+            Agreeing comparisons after which a row leaves, from 1. Given alone it implies `exit_strategy="patience"`.
+        budgeted_exit (`int`, *optional*):
+            The layer, an exit of the model, at which every row leaves. Given alone it implies
+            `exit_strategy="budgeted"`.
+        exit_threshold (`float`, *optional*):
+            In `[0, 1]`: leave below this normalised entropy (`"entropy"`), or above this probability (`"max_prob"`).
+            Given alone it is an error unless the strategy in force is one of these two.
+        exit_policy ([`ExitPolicy`], *optional*): a policy object, in place of the four above.
+        on_error (`str`, *optional*, defaults to `"raise"`):
+            What a bad row does: `"raise"` stops with an error that names the row, `"skip"` answers the other rows and
+            puts the error in this row's place.
+        top_k (`int`, *optional*, defaults to 1): how many labels to return, from 1; `None` for all.
+        function_to_apply (`str`, *optional*, defaults to `"default"`):
+            `"softmax"`, `"sigmoid"` or `"none"`; `"default"` is softmax, for exits need one class per text.
+        truncation (`bool` or `str`, *optional*, defaults to `True`):
+            As the tokenizer's. With `False`, a text that is too long is an error, and its row a bad one.
+        max_length (`int`, *optional*): the longest input in tokens, at least 5; never above the model's own.
+        padding (`bool` or `str`, *optional*): as the tokenizer's; a batch is padded to its longest row in any case.
+        split_special_tokens (`bool`, *optional*, defaults to `True`):
+            Read "[SEP]" or "[MASK]" in a text as the characters they are. The stock pipeline (`False`) reads them as
+            control tokens, with which a text can end itself.
+        batch_size, num_workers (`int`, *optional*): as in the stock pipeline.
+
+    Threads may share one pipeline, whatever their settings.
+
+    Raises:
+        ValueError: an argument is unknown, misspelt or out of range; the tokenizer cannot belong to the model; a text
+            is blank, too long with `truncation=False`, or holds a lone surrogate; the model's logits are not finite.
+        TypeError: a row is neither a `str` nor a dict, or a text not a `str`.
+
+    Example:
+
+    ```python
+    >>> classifier = pipeline("text-classification", model="path/or/name", trust_remote_code=True, patience=2)
+    >>> classifier(["a good film", {"text": "He left.", "text_pair": "He is gone."}], batch_size=2)
+    ```
+    """
+
+    def __init__(self, model, tokenizer=None, **kwargs):
+        _check_tokenizer(tokenizer, model.config)
+        self._exit_defaults = {}
+        super().__init__(model=model, tokenizer=tokenizer, **kwargs)
+        self._exit_defaults = {name: kwargs.get(name) for name in EXIT_FIELDS}
+
+    def check_model_type(self, supported_models):
+        """Ask the config: upstream looks for the class name among the registered ones and logs an error without it."""
+        if not hasattr(self.model.config, "exit_layers"):
+            raise ValueError(
+                f"`model` must be a GAML-BERT: its config names `exit_layers`. Got a {type(self.model).__name__}."
+            )
+
+    def __call__(self, inputs, **kwargs):
+        """
+        Classify texts.
+
+        Args:
+            inputs (`str`, `dict`, or many of them):
+                A text, or a dict `{"text": ..., "text_pair": ...}` for a pair. Many of them come as a list, a tuple
+                (two texts, not a pair), a NumPy array, a pandas Series, a column of a dataset, a PyTorch dataset such
+                as `KeyDataset`, or a generator or other iterator.
+            kwargs: the arguments of the class, for this call alone.
+
+        Returns:
+            A list of one answer for a `str`, one answer for a dict, a list of answers for a list, and an iterator that
+            reads and answers as it is consumed for datasets, generators and iterators. With `top_k`, a list of
+            answers, best first, takes the place of one answer, and of the list around the answer to a `str`.
+        """
+        return super().__call__(_as_rows(inputs), **kwargs)
+
+    @property
+    def max_length(self) -> int:
+        """The longest input in tokens that tokenizer and model both allow."""
+        return min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings)
+
+    # Settings
+
+    def _sanitize_parameters(self, function_to_apply=None, top_k="", on_error=None, **kwargs):
+        kwargs.pop("local_files_only", None)  # `pipeline` hands it on
+        self._refuse_unknown(kwargs)
+        exits = {name: kwargs.pop(name, None) for name in EXIT_ARGUMENTS}
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}
+        self._check_tokenizer_arguments(kwargs)
+        is_top_k_given = not (isinstance(top_k, str) and top_k == "")
+        if is_top_k_given and top_k is not None and (type(top_k) is not int or top_k < 1):
+            raise ValueError(
+                f"`top_k` must be a whole number of at least 1, or None for all labels. Got `top_k={top_k!r}`."
+            )
+        if function_to_apply is not None:
+            name = function_to_apply.lower() if isinstance(function_to_apply, str) else function_to_apply
+            _check_choice("function_to_apply", name, ("default", "softmax", "sigmoid", "none"))
+            function_to_apply = "softmax" if name == "default" else name
+        preprocess_params, forward_params, postprocess_params = super()._sanitize_parameters(
+            function_to_apply=function_to_apply, top_k=top_k, **kwargs
+        )
+        if on_error is not None:
+            _check_choice("on_error", on_error, ("raise", "skip"))
+            preprocess_params["on_error"] = postprocess_params["on_error"] = on_error
+        if any(value is not None for value in exits.values()):
+            forward_params["exit_policy"] = self._exit_policy(**exits)
+        return preprocess_params, forward_params, postprocess_params
+
+    @staticmethod
+    def _refuse_unknown(kwargs: dict[str, Any]) -> None:
+        known = (*EXIT_ARGUMENTS, *OTHER_ARGUMENTS, *TOKENIZER_ARGUMENTS)
+        for key in kwargs:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                meant = f"Did you mean `{near[0]}`?" if near else f"The arguments are {', '.join(known)}."
+                raise ValueError(f"`{key}` is not an argument of this pipeline. {meant}")
+
+    def _check_tokenizer_arguments(self, kwargs: dict[str, Any]) -> None:
+        for name, value in kwargs.items():
+            if name != "max_length":
+                _check_choice(name, value, TOKENIZER_ARGUMENTS[name])
+        max_length = kwargs.get("max_length")
+        # Below 5, three special tokens and one of each text, a tokenizer drops a text or cuts nothing at all.
+        if max_length is not None and (type(max_length) is not int or not 5 <= max_length <= self.max_length):
+            raise ValueError(
+                f"`max_length` must be a whole number between 5 and {self.max_length}, the longest input that this "
+                f"model and its tokenizer allow. Got `max_length={max_length!r}`."
+            )
+
+    def _exit_policy(self, exit_policy, **changes):
+        """The policy that the arguments of a call name, on top of those given at construction and of the config's."""
+        if exit_policy is not None:
+            given = [name for name, value in changes.items() if value is not None]
+            if given:
+                raise ValueError(f"`exit_policy` takes the place of `{given[0]}`: give one of them. Got both.")
+            if isinstance(exit_policy, type) or not callable(exit_policy):
+                raise ValueError(
+                    "`exit_policy` must be an object such as `Patience(2)`, which called with exit logits decides "
+                    f"which rows leave. Got {_shown(exit_policy)}."
+                )
+            return exit_policy
+        config = copy.copy(self.model.config)
+        fields = {name: getattr(config, name) for name in EXIT_FIELDS}
+        # Into the copy's dict: its own setter would check types in other words than the policies'.
+        vars(config).update(_changed_exits(_changed_exits(fields, self._exit_defaults), changes))
+        return policy_from_config(config)
+
+    # One row
+
+    def get_iterator(self, inputs, *args, **kwargs):
+        inputs = _NumberedRows(inputs) if isinstance(inputs, Sized) else _NumberedStream(inputs)
+        return super().get_iterator(inputs, *args, **kwargs)
+
+    def preprocess(self, inputs, on_error="raise", **tokenizer_kwargs) -> dict[str, Any]:
+        """The model's inputs, and under `"about"` what `postprocess` needs to know of this row."""
+        name = "`inputs`"
+        if isinstance(inputs, _Row):
+            name, inputs = f"`inputs[{inputs.number}]`", inputs.value
+        error = None
+        try:
+            encoding, truncated = self._encode(checked_texts(inputs), **tokenizer_kwargs)
+        except (TypeError, ValueError) as problem:
+            error = f"{name}: {problem}"
+            if on_error == "raise":
+                raise type(problem)(error) from problem
+            # The row keeps its place in the batch, with no text; the answer to it is never read.
+            encoding, truncated = self._tokenize({"text": ""}, **tokenizer_kwargs)
+        return {**encoding, "about": {"row": name, "truncated": truncated, "error": error}}
+
+    def _encode(self, texts: dict[str, str], **tokenizer_kwargs):
+        """Tokens of a checked row. A `ValueError` if there are too many of them, or none of its own."""
+        encoding, truncated = self._tokenize(texts, **tokenizer_kwargs)
+        length = int(encoding["attention_mask"].sum())
+        if length > self.max_length:
+            raise ValueError(
+                f"the text has {length} tokens, and the model reads at most {self.max_length}. Leave `truncation` at "
+                "its default, True, to cut it."
+            )
+        if length <= self.tokenizer.num_special_tokens_to_add(pair="text_pair" in texts):
+            raise ValueError(f"`text` must hold something the tokenizer can read. Got {_shown(texts['text'])}.")
+        return encoding, truncated
+
+    def _tokenize(self, texts, padding=False, truncation=True, max_length=None, split_special_tokens=True):
+        """Tokens of one row, and whether its text was cut. Threads take turns."""
+        arguments = {
+            **texts,
+            "padding": padding,
+            "max_length": max_length or self.max_length,
+            "split_special_tokens": split_special_tokens,
+            "return_attention_mask": True,
+            "return_tensors": "pt",
+            "verbose": False,
+        }
+        with _tokenizer_lock:
+            try:
+                encoding = self.tokenizer(**arguments, truncation=truncation)
+            except Exception as problem:  # the tokenizers library raises no narrower class
+                raise ValueError(f"the tokenizer cannot encode the text: {problem}") from problem
+            if encoding.is_fast:
+                return encoding, bool(encoding.encodings[0].overflowing)
+            whole = self.tokenizer(**arguments | {"padding": False}, truncation=False)
+            return encoding, whole["input_ids"].shape[1] > int(encoding["attention_mask"].sum())
+
+    def _forward(self, model_inputs, exit_policy=None) -> dict[str, Any]:
+        if self.model.training:
+            raise ValueError("The model is in training mode: it would answer at random. Call `model.eval()` first.")
+        tensors = {name: value for name, value in model_inputs.items() if name != "about"}
+        outputs = self.model(**tensors, exit_policy=exit_policy, return_dict=True)
+        return {"logits": outputs.logits, "exit_layer": outputs.exit_layer, "about": model_inputs["about"]}
+
+    def postprocess(self, model_outputs, function_to_apply=None, top_k=1, _legacy=True, on_error="raise"):
+        """The answer to one row: a dict, or with `top_k` a list of them."""
+        about = model_outputs["about"]
+        error = about["error"]
+        if error is None and not torch.isfinite(model_outputs["logits"]).all():
+            error = (
+                f"{about['row']}: the model answered with NaN or infinite logits. Its weights are broken, or too "
+                f"large for {self.model.dtype}."
+            )
+            if on_error == "raise":
+                raise ValueError(error)
+        if error is not None:
+            answer = {"label": None, "score": None, "exit_layer": None, "truncated": None, "error": error}
+            return answer if top_k == 1 and _legacy else [answer]
+        answers = super().postprocess(model_outputs, function_to_apply=function_to_apply, top_k=top_k, _legacy=_legacy)
+        exits = {"exit_layer": int(model_outputs["exit_layer"][0]), "truncated": about["truncated"]}
+        return {**answers, **exits} if isinstance(answers, dict) else [{**answer, **exits} for answer in answers]
+
+
+def checked_texts(row: Any) -> dict[str, str]:
+    """
+    The texts of one row: the one place that says what a row is.
+
+    Args:
+        row (`str` or `dict`): a text, or `{"text": ..., "text_pair": ...}`, where only `text_pair` may be left out.
+
+    Returns:
+        `dict[str, str]`: the texts under the names the tokenizer knows.
+
+    Raises:
+        TypeError: the row is neither, or a text is no `str`.
+        ValueError: a key is missing or unknown; a text is blank or cannot be written as UTF-8.
+    """
+    if isinstance(row, str):
+        row = {"text": row}
+    if not isinstance(row, dict):
+        raise TypeError(f'a row must be a `str` or a dict {{"text": ..., "text_pair": ...}}. Got {_shown(row)}.')
+    if "text" not in row or not row.keys() <= {"text", "text_pair"}:
+        raise ValueError(f"a dict must have the key `text` and, for a pair, `text_pair`. Got the keys {list(row)}.")
+    for field, text in row.items():
+        if not isinstance(text, str):
+            raise TypeError(f"`{field}` must be a `str`. Got {_shown(text)}.")
+        if not text.strip():
+            raise ValueError(f"`{field}` must hold more than blanks. Got {_shown(text)}.")
+        try:
+            text.encode()
+        except UnicodeEncodeError as problem:
+            raise ValueError(
+                f"`{field}` must be valid Unicode. Got the lone surrogate {text[problem.start]!a} at character "
+                f"{problem.start}."
+            ) from None
+    return row
+
+
+def _as_rows(inputs: Any) -> Any:
+    """`inputs` in a form whose rows the stock pipeline reads one by one; it would take a tuple for a single row."""
+    if not isinstance(inputs, (str, dict, list, Dataset, GeneratorType)):
+        if hasattr(inputs, "tolist"):  # NumPy, pandas
+            inputs = inputs.tolist()
+        elif isinstance(inputs, Sequence) and not isinstance(inputs, (bytes, bytearray, memoryview)):
+            inputs = list(inputs)
+        elif isinstance(inputs, Iterator):
+            inputs = (row for row in inputs)
+    if isinstance(inputs, (str, dict)):
+        return inputs
+    if not isinstance(inputs, (list, Dataset, GeneratorType)):
+        raise TypeError(
+            "`inputs` must be a `str`, a dict, a list or array of them, a PyTorch dataset of them (such as "
+            f"`KeyDataset(dataset, column)`), or a generator. Got {_shown(inputs)}."
+        )
+    if isinstance(inputs, Sized) and len(inputs) == 0:
+        return (row for row in ())  # the stock pipeline looks at `inputs[0]`, except in a generator
+    return inputs
+
+
+class _Row(NamedTuple):
+    """A row and its place among the inputs."""
+
+    number: int
+    value: Any
+
+
+class _NumberedRows:
+    """Any sized collection, for a DataLoader, with its rows numbered."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, number):
+        return _Row(number, self.rows[number])
+
+
+class _NumberedStream:
+    """Any iterable, with its rows numbered as they come. A class: one that can be read again stays so."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return (_Row(number, value) for number, value in enumerate(self.rows))
+
+
+def _changed_exits(fields: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """
+    The exit fields of a config, changed by what a caller gave; `None` means not given.
+
+    A parameter that one strategy alone reads implies that strategy. A threshold means opposite things to its two
+    readers, so no strategy is guessed from it, and a change of strategy does not inherit it.
+    """
+    changes = {name: value for name, value in changes.items() if value is not None}
+    readers = {
+        name: [strategy for strategy, policy in EXIT_POLICIES.items() if policy.parameter == name]
+        for name in EXIT_FIELDS
+        if name in changes and name != "exit_strategy"
+    }
+    strategy = changes.get("exit_strategy", fields["exit_strategy"])
+    if "exit_strategy" not in changes:
+        implied = [names[0] for names in readers.values() if strategy not in names and len(names) == 1]
+        strategy = implied[0] if implied else strategy
+    for name, names in readers.items():
+        if strategy not in names:
+            choices = " or ".join(f'`exit_strategy="{reader}"`' for reader in names)
+            raise ValueError(
+                f"`{name}` is read with {choices} alone; name the strategy you want. Got "
+                f"`{name}={changes[name]!r}` with `exit_strategy={strategy!r}`."
+            )
+    inherited = fields if strategy == fields["exit_strategy"] else {**fields, "exit_threshold": None}
+    return {**inherited, **changes, "exit_strategy": strategy}
+
+
+def _check_tokenizer(tokenizer: Any, config: Any) -> None:
+    """A `ValueError` for a tokenizer whose tokens the model would misread without a word."""
+    if tokenizer is None:
+        raise ValueError("`tokenizer` must be the tokenizer of the model. Got None.")
+    size = len(tokenizer)
+    # A folder without tokenizer files loads as a tokenizer of 5 special tokens: every word becomes [UNK].
+    if not config.vocab_size / 2 <= size <= config.vocab_size:
+        raise ValueError(
+            f"`tokenizer` must be the one the model was trained with: the model knows {config.vocab_size} tokens "
+            f"(`vocab_size`). Got one with {size}; are the tokenizer's files in the model's folder?"
+        )
+    if tokenizer.padding_side != "right":
+        raise ValueError(
+            '`tokenizer` must pad on the right (`padding_side="right"`): an exit reads [CLS] at the first position. '
+            f"Got `padding_side={tokenizer.padding_side!r}`."
+        )
+
+
+def _check_choice(name: str, value: Any, choices: tuple) -> None:
+    # By type too, for 1 == True.
+    if not any(isinstance(value, type(choice)) and value == choice for choice in choices):
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}. Got `{name}={value!r}`.")
+
+
+def _shown(value: Any) -> str:
+    return f"{reprlib.repr(value)} ({type(value).__name__})"
+
+
+__all__ = ["GamlTextClassificationPipeline"]

@@ -1,0 +1,84 @@
+"""What every test shares: a sealed-off environment, a tiny BERT, a tiny tokenizer, and the optional real data."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+
+# Before anything imports huggingface_hub, datasets or torch: they read these once. A test that talks to a Hub server
+# of its own overrides them for its subprocess: `env=os.environ | {"HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0"}`.
+HF_HOME = tempfile.mkdtemp(prefix="gaml_hf-tests-")  # no cache, token or code of the user's
+for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING"))]:
+    del os.environ[name]
+os.environ |= {
+    "HF_HOME": HF_HOME,
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_OFFLINE": "1",  # datasets and transformers read this one too
+    "MPLBACKEND": "agg",
+    "OMP_NUM_THREADS": "1",  # the models are tiny: a second thread costs time and makes sums depend on the machine
+    "TOKENIZERS_PARALLELISM": "false",  # or every fork after a tokenizer's first use warns
+}
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from transformers import BertTokenizer  # noqa: E402
+
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"  # beside the repository; never part of it
+
+WORDS = """
+[PAD] [UNK] [CLS] [SEP] [MASK] . , ! ? ' a an the this that it is was are not no never and but of in to with for i you
+he she they we film movie story plot actor scene good great bad awful dull funny sad fine very too so really quite less
+more most best worst ##s ##ed ##ly ##ing
+""".split()
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(HF_HOME, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """The same random weights whether a test runs alone or after others."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> BertTokenizer:
+    """A real WordPiece tokenizer over `WORDS`; a new one each time, for a tokenizer remembers its last truncation."""
+    vocab = tmp_path_factory.mktemp("tokenizer") / "vocab.txt"
+    vocab.write_text("\n".join(WORDS), encoding="utf-8")
+    return BertTokenizer(str(vocab), model_max_length=64)
+
+
+@pytest.fixture
+def bert_kwargs() -> dict[str, int]:
+    """Sizes of a BERT that runs in milliseconds, for `BertConfig` and its subclasses."""
+    return {
+        "vocab_size": len(WORDS),
+        "hidden_size": 32,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "max_position_embeddings": 64,
+    }
+
+
+def _shared_folder(name: str) -> Path:
+    folder = SHARED / name
+    if not folder.is_dir():
+        pytest.skip(f"needs real data in ../shared/{name}, beside the repository")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def glue_folder() -> Path:
+    """GLUE as `{cola,mrpc,sst2}/{train,validation,test}.parquet`."""
+    return _shared_folder("glue")
+
+
+@pytest.fixture(scope="session")
+def minilm_folder() -> Path:
+    """A checkpoint of sentence-transformers/all-MiniLM-L6-v2: a real BERT of 6 layers."""
+    return _shared_folder("models/all-MiniLM-L6-v2")

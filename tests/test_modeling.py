@@ -1,0 +1,612 @@
+"""
+The model: stock BERT is the yardstick for what it computes, one row at a time for whom it lets leave.
+
+The exit policies themselves are tested in test_exiting.py, the losses in test_losses.py.
+"""
+
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from pytest import fixture, mark, raises
+from safetensors.torch import load_file, save_file
+from torch import tensor
+from torch.nn import functional as F
+from torch.testing import assert_close
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForMaskedLM,
+    BertForPreTraining,
+    BertForSequenceClassification,
+    BertModel,
+    RobertaConfig,
+    TextClassificationPipeline,
+)
+
+from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification
+from gaml_hf.exiting_gaml import Budgeted, Entropy, FullDepth, MaxProb, Patience
+from reference import ce_loss_reference, kd_loss_reference
+
+
+POLICIES = {
+    "none": {"exit_strategy": "none"},
+    "budgeted": {"exit_strategy": "budgeted", "budgeted_exit": 2},
+    "patience": {"exit_strategy": "patience", "patience": 1},
+    "entropy": {"exit_strategy": "entropy", "exit_threshold": 0.4},
+    "max_prob": {"exit_strategy": "max_prob", "exit_threshold": 0.8},
+}
+each_policy = mark.parametrize("policy", POLICIES)
+each_attention = mark.parametrize("attention", ["eager", "sdpa"])
+
+
+@fixture
+def make(bert_kwargs):
+    """`make(**fields)`: a tiny model whose exits disagree and are sure of themselves now and then."""
+
+    def make(**changes):
+        torch.manual_seed(0)
+        config = GamlBertConfig(**bert_kwargs | {"num_labels": 3, "initializer_range": 0.3} | changes)
+        return GamlBertForSequenceClassification(config).eval()
+
+    return make
+
+
+@fixture
+def batch():
+    """16 rows of 3 to 12 tokens, padded on the right."""
+    lengths = torch.randint(3, 13, (16,))
+    lengths[5] = 12
+    attention_mask = (torch.arange(12) < lengths[:, None]).long()
+    input_ids = torch.randint(5, 30, (16, 12)) * attention_mask
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "token_type_ids": torch.randint(2, (16, 12)) * attention_mask,
+    }
+
+
+def rows_of(batch, rows):
+    return {name: values[rows] for name, values in batch.items()}
+
+
+def alone(batch, row):
+    """One row without its padding."""
+    length = int(batch["attention_mask"][row].sum())
+    return {name: values[row : row + 1, :length] for name, values in batch.items()}
+
+
+def stock_hidden_states(model, inputs):
+    """Of transformers' own BERT with the same weights: embeddings and each layer."""
+    config = {name: value for name, value in model.config.to_dict().items() if name in BertConfig().to_dict()}
+    config = BertConfig(**config | {"model_type": "bert", "attn_implementation": model.config._attn_implementation})
+    bert = BertModel(config, add_pooling_layer=model.bert.pooler is not None).to(model.dtype).eval()
+    bert.load_state_dict(model.bert.state_dict())
+    return bert(**inputs, output_hidden_states=True).hidden_states
+
+
+def assert_same(output, expected, rows=slice(None)):
+    """The same answers, and the same exits, for the same rows."""
+    assert_close(output.logits, expected.logits[rows], rtol=1e-5, atol=1e-5)
+    assert output.exit_layer.equal(expected.exit_layer[rows])
+
+
+# ------------------------------------------------------------------------------------------------ where it starts from
+
+
+@mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@mark.parametrize("stock", [BertModel, BertForSequenceClassification, BertForMaskedLM, BertForPreTraining])
+def test_it_starts_from_any_bert(stock, dtype, bert_kwargs, tmp_path, batch):
+    bert = stock(BertConfig(**bert_kwargs)).to(dtype).eval()
+    bert.save_pretrained(tmp_path)
+    model, info = GamlBertForSequenceClassification.from_pretrained(tmp_path, num_labels=3, output_loading_info=True)
+    encoder = getattr(bert, "bert", bert).state_dict()
+    assert model.bert.state_dict().keys() == {name for name in encoder if not name.startswith("pooler.")}
+    for name, weight in model.bert.state_dict().items():
+        assert weight.dtype == dtype
+        assert weight.equal(encoder[name]), name
+    assert set(info["missing_keys"]) == {f"exit_classifiers.{m}.{x}" for m in range(1, 5) for x in ("weight", "bias")}
+    assert not info["unexpected_keys"]
+    assert not model.training
+    assert model(**batch).logits.dtype == dtype
+    assert model.config.model_type == "gaml_bert"
+
+
+def test_a_shared_pooler_is_berts_own(bert_kwargs, tmp_path):
+    bert = BertForSequenceClassification(BertConfig(**bert_kwargs))
+    bert.save_pretrained(tmp_path)
+    model = GamlBertForSequenceClassification.from_pretrained(tmp_path, exit_pooler="shared")
+    assert model.bert.pooler.dense.weight.equal(bert.bert.pooler.dense.weight)
+
+
+@each_attention
+@mark.parametrize("exit_pooler", ["none", "shared", "per_exit"])
+def test_exits_on_stock_hidden_states(attention, exit_pooler, make, batch):
+    """A 4.x loop over 5.x layers takes `layer_outputs[0]`: the first row, not the hidden states."""
+    model = make(attn_implementation=attention, exit_pooler=exit_pooler)
+    output = model(**batch, output_exit_logits=True, output_hidden_states=True)
+    expected = stock_hidden_states(model, batch)
+    assert len(output.hidden_states) == len(expected) == 5
+    for ours, stock in zip(output.hidden_states, expected, strict=True):
+        assert_close(ours, stock, rtol=0, atol=0)
+    assert output.exit_logits.shape == (16, 4, 3)
+    for m in range(1, 5):
+        state = expected[m][:, 0]  # [CLS]
+        if exit_pooler != "none":
+            pooler = model.bert.pooler if exit_pooler == "shared" else model.exit_poolers[str(m)]
+            state = torch.tanh(F.linear(state, pooler.dense.weight, pooler.dense.bias))
+        classifier = model.exit_classifiers[str(m)]
+        assert_close(output.exit_logits[:, m - 1], F.linear(state, classifier.weight, classifier.bias))
+
+
+def test_attentions_are_stock(make, batch):
+    model = make(attn_implementation="eager", **POLICIES["entropy"])
+    attentions = model(**batch, output_attentions=True).attentions
+    model.config.output_attentions = True  # as good as the argument, and as complete
+    assert [x.shape for x in model(**batch).attentions] == [x.shape for x in attentions] == [(16, 2, 12, 12)] * 4
+    assert_close(attentions[0].sum(dim=-1), torch.ones(16, 2, 12))
+
+
+# ----------------------------------------------------------------------------------------------------- dynamic exiting
+
+
+@each_policy
+@mark.parametrize(("attention", "exit_layers"), [("eager", None), ("sdpa", None), ("sdpa", [1, 2, 4])])
+def test_live_is_replay_is_one_row_alone(attention, policy, exit_layers, make, batch):
+    """Where a batch waits for its slowest row, or answers with the first row's exit, these three differ."""
+    model = make(attn_implementation=attention, exit_layers=exit_layers, **POLICIES[policy])
+    live, replayed = model(**batch), model(**batch, output_exit_logits=True)
+    assert live.exit_logits is None
+    assert_same(live, replayed)
+    position = [model.config.exit_layers.index(m) for m in live.exit_layer]
+    assert_close(live.logits, replayed.exit_logits[range(16), position], rtol=1e-5, atol=1e-5)
+    if policy not in ("none", "budgeted"):
+        assert len(set(live.exit_layer.tolist())) > 1  # or the test would show nothing
+    for row in range(16):
+        assert_same(model(**alone(batch, row)), live, [row])
+        assert_same(model(**alone(batch, row), output_exit_logits=True), live, [row])
+
+
+@each_policy
+def test_a_row_knows_no_neighbours(policy, make, batch):
+    model = make(**POLICIES[policy])
+    expected = model(**batch)
+    order = torch.randperm(16)
+    assert_same(model(**rows_of(batch, order)), expected, order)
+    assert_same(model(**rows_of(batch, [3, 3, 8, 3])), expected, [3, 3, 8, 3])
+    assert_same(model(**rows_of(batch, slice(4, 9))), expected, slice(4, 9))
+    assert_same(model(**{name: F.pad(values, (0, 9)) for name, values in batch.items()}), expected)
+    assert_same(model(**batch | {"attention_mask": batch["attention_mask"].bool()}), expected)
+    embeds = {"inputs_embeds": model.bert.embeddings.word_embeddings(batch["input_ids"])}
+    assert_same(model(**embeds, **{name: batch[name] for name in ("attention_mask", "token_type_ids")}), expected)
+
+
+def test_layers_run_for_the_rows_still_there_alone(make, batch):
+    """Counted in rows, not in batches; and no padding beyond the longest row that stays."""
+    model = make(**POLICIES["patience"])
+    short = batch["attention_mask"].sum(dim=1) < 10
+    batch = rows_of(batch, short | (model(**batch).exit_layer < 4))  # no long row among those that stay
+    batch = {name: F.pad(values, (0, 9)) for name, values in batch.items()}
+    seen = []
+    for layer in model.bert.encoder.layer:
+        layer.register_forward_hook(lambda _, args, output: seen.append(tuple(output.shape[:2])))
+    exit_layer = model(**batch).exit_layer
+    lengths = batch["attention_mask"].sum(dim=1)
+    assert seen == [(int((exit_layer >= m).sum()), int(lengths[exit_layer >= m].max())) for m in range(1, 5)]
+    assert seen[0][0] == len(lengths) > seen[3][0] > 0
+    assert seen[0][1] > seen[3][1]
+
+    seen.clear()
+    model(**batch, exit_policy=Budgeted(2))
+    assert len(seen) == 2
+
+
+def test_unsure_rows_get_the_last_answer(make, batch):
+    """Not zeros, and not two classes."""
+    model = make(exit_strategy="entropy", exit_threshold=0.0, num_labels=5)
+    output = model(**batch)
+    assert output.exit_layer.tolist() == [4] * 16
+    last = stock_hidden_states(model, batch)[4][:, 0]
+    classifier = model.exit_classifiers["4"]
+    assert_close(output.logits, F.linear(last, classifier.weight, classifier.bias), rtol=1e-5, atol=1e-5)
+    assert output.logits.shape == (16, 5)
+
+
+@mark.parametrize("size", [1000.0, 1e36])
+def test_the_surest_rows_leave_first(make, batch, size):
+    """Also with logits in the thousands; and where an exit's numbers are broken, every row leaves there with them."""
+    model = make(**POLICIES["entropy"])
+    with torch.no_grad():
+        model.exit_classifiers["2"].bias.copy_(tensor([size, 0.0, -size]))
+        model.exit_classifiers["1"].weight.zero_()  # never sure
+    assert model(**batch).exit_layer.tolist() == [2] * 16
+    with torch.no_grad():
+        model.exit_classifiers["2"].bias.fill_(torch.nan)
+    for options in ({}, {"output_exit_logits": True}):
+        output = model(**batch, **options)
+        assert output.exit_layer.tolist() == [2] * 16
+        assert output.logits.isnan().all()
+
+
+def test_the_policy_of_one_call(make, batch):
+    model = make(**POLICIES["patience"])
+    assert model(**batch, exit_policy=FullDepth()).exit_layer.tolist() == [4] * 16
+    assert model(**batch, exit_policy=Budgeted(1), output_exit_logits=True).exit_layer.tolist() == [1] * 16
+    assert model.config.exit_strategy == "patience"
+
+
+def test_the_config_may_change_after_loading(make, batch):
+    model = make()
+    assert model(**batch).exit_layer.tolist() == [4] * 16
+    model.config.exit_strategy = "patience"
+    with raises(ValueError, match="`patience` must be a whole number of at least 1"):
+        model(**batch)
+    model.config.patience = 3
+    assert_same(model(**batch), model(**batch, exit_policy=Patience(3)))
+    model.config.exit_strategy, model.config.budgeted_exit = "budgeted", 1
+    assert model(**batch).exit_layer.tolist() == [1] * 16
+
+
+def test_threads_share_one_model(make, batch):
+    """Counters kept on the module would make one thread's rows leave on another's account."""
+    model = make()
+    policies = [
+        Patience(1),
+        Patience(2),
+        Entropy(0.4),
+        Entropy(0.6),
+        MaxProb(0.8),
+        Budgeted(2),
+        FullDepth(),
+        Budgeted(3),
+    ]
+    expected = [model(**batch, exit_policy=policy) for policy in policies]
+
+    def run(number):
+        with torch.no_grad():
+            return [model(**batch, exit_policy=policies[number]) for _ in range(10)]
+
+    with ThreadPoolExecutor(8) as pool:
+        for outputs, want in zip(pool.map(run, range(8)), expected, strict=True):
+            for output in outputs:
+                assert_same(output, want)
+
+
+def test_a_second_call_is_as_good_as_the_first_and_as_quiet(make, batch, capfd):
+    model = make(**POLICIES["patience"])
+    expected = model(**batch)
+    model(**rows_of(batch, slice(7, 8)))
+    assert_same(model(**batch), expected)
+    assert capfd.readouterr() == ("", "")
+
+
+@mark.parametrize("context", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_live_is_replay_in_every_context(context, make, batch):
+    model = make(**POLICIES["max_prob"])
+    with context():
+        live, replayed = model(**batch), model(**batch, output_exit_logits=True)
+    assert_close(
+        live.logits, replayed.logits, rtol=0.05, atol=0.05
+    )  # same dtype, too; in bfloat16 a sum's order shows
+    assert (live.exit_layer == replayed.exit_layer).float().mean() > 0.8
+
+
+def test_calibration_is_for_inference_alone(make, batch):
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model, plain = make(exit_temperatures=[2, 1.0, 0.5, 4.0], **no_dropout), make(**no_dropout)
+    raw = plain(**batch, output_exit_logits=True).exit_logits
+    expected = raw / tensor([2, 1.0, 0.5, 4.0])[:, None]
+    assert_close(model(**batch, output_exit_logits=True).exit_logits, expected)
+    assert_close(model(**batch, exit_policy=Budgeted(3)).logits, expected[:, 2])
+    assert_close(model.train()(**batch).exit_logits, plain.train()(**batch).exit_logits, rtol=0, atol=0)
+
+
+# ------------------------------------------------------------------------------------------------- training and output
+
+
+@mark.parametrize("exit_layers", [[1, 2, 3, 4], [2, 4]])
+def test_training_forward(exit_layers, make, batch):
+    model = make(
+        exit_layers=exit_layers, alpha=0.3, kd_temperature=2.0, kd_reduction="sum", **POLICIES["patience"]
+    ).train()
+    labels = torch.arange(16) % 3
+    output = model(**batch, labels=labels)
+    assert list(output.keys()) == ["loss", "logits", "exit_logits", "ce_loss", "kd_loss"]  # no exits without a policy
+    assert output.exit_logits.shape == (16, len(exit_layers), 3)
+    assert output.logits.equal(output.exit_logits[:, -1])
+    ce = ce_loss_reference(output.exit_logits.tolist(), labels.tolist(), [m / sum(exit_layers) for m in exit_layers])
+    exits = range(len(exit_layers))
+    kd = kd_loss_reference(output.exit_logits.tolist(), [(i, j) for i in exits for j in exits if i != j], 2.0)
+    losses = torch.stack([output.ce_loss, output.kd_loss, output.loss])
+    assert_close(losses, tensor([ce, kd, 0.7 * ce + 0.3 * kd]), rtol=1e-4, atol=1e-5)  # Eqs. 1, 3, 2
+    output.loss.backward()
+    assert [name for name, weight in model.named_parameters() if weight.grad is None] == []
+    assert list(model(**batch).keys()) == ["logits", "exit_logits"]
+
+
+@mark.parametrize(
+    ("changes", "weights", "pairs"),
+    [
+        ({"distillation": "last_to_all"}, [0.1, 0.2, 0.3, 0.4], [(3, 0), (3, 1), (3, 2)]),
+        ({"distillation": [[1, 3]], "exit_loss_weights": "uniform"}, [0.25] * 4, [(0, 2)]),
+        ({"distillation": "none", "exit_loss_weights": "last"}, [0, 0, 0, 1], []),
+    ],
+)
+def test_losses_of_other_systems(changes, weights, pairs, make, batch):
+    output = make(**changes)(**batch, labels=torch.arange(16) % 3)
+    ce = ce_loss_reference(output.exit_logits.tolist(), [i % 3 for i in range(16)], weights)
+    kd = kd_loss_reference(output.exit_logits.tolist(), pairs)
+    kd = kd / max(1, len(pairs))  # `kd_reduction="mean"`
+    total = 0.8 * ce + 0.2 * kd if pairs else ce  # without pairs alpha weighs nothing: PABEE's loss is Eq. 1
+    losses = torch.stack([output.ce_loss, output.kd_loss, output.loss])
+    assert_close(losses, tensor([ce, kd, total]), rtol=1e-4, atol=1e-5)
+
+
+def test_labels_in_evaluation(make, batch):
+    """A Trainer's evaluation scores every exit, and the policy's answers, in one pass."""
+    model = make(**POLICIES["patience"])
+    output = model(**batch, labels=torch.arange(16) % 3)
+    assert list(output.keys()) == ["loss", "logits", "exit_layer", "exit_logits", "ce_loss", "kd_loss"]
+    assert_same(output, model(**batch))
+    assert set(model.config.keys_to_ignore_at_inference) == {"ce_loss", "kd_loss"}
+
+
+def test_forms_of_output(make, batch):
+    model = make(**POLICIES["patience"])
+    expected = model(**batch)
+    logits, exit_layer = model(**batch, return_dict=False)
+    assert logits.equal(expected.logits)
+    assert exit_layer.equal(expected.exit_layer)
+    assert exit_layer.dtype == torch.int64
+    assert len(model(**batch, output_exit_logits=True, return_dict=False)) == 3
+    model.config.output_hidden_states = True
+    output = model(**batch)
+    assert [len(states) for states in output.hidden_states] == [16] * 5  # every row's, though rows leave early
+    assert_same(output, expected)
+    assert model(**batch, output_hidden_states=False).exit_logits is None  # the argument wins over the config
+
+
+def test_the_stock_pipeline_reads_it(make, tokenizer):
+    """A model that returns a tuple fails here."""
+    model = make(**POLICIES["patience"])
+    texts = ["a good film .", "a bad , awful , sad story", "fine"]
+    answers = TextClassificationPipeline(model=model, tokenizer=tokenizer, batch_size=2)(texts)
+    expected = model(**tokenizer(texts, padding=True, return_tensors="pt")).logits.argmax(dim=-1)
+    assert [answer["label"] for answer in answers] == [f"LABEL_{i}" for i in expected]
+
+
+def test_training_compiles_in_one_graph(make, batch):
+    model = make(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train()
+    labels = torch.arange(16) % 3
+    compiled = torch.compile(model, backend="eager", fullgraph=True)(**batch, labels=labels)
+    assert_close(compiled.loss, model(**batch, labels=labels).loss)
+
+
+def test_a_trace_cannot_bake_one_path_in(make, batch):
+    """Defect 7: traced with early exits, other rows went the example's way. With all exits, a trace is right."""
+
+    class AllExits(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids, attention_mask):
+            return self.model(input_ids, attention_mask, output_exit_logits=True).exit_logits
+
+    model = make(**POLICIES["patience"])
+    inputs = (batch["input_ids"], batch["attention_mask"])
+    with raises(ValueError, match=r"Export with `output_exit_logits=True`"):
+        torch.export.export(model, inputs)
+    exported = torch.export.export(AllExits(model), inputs).module()
+    other = tuple(values.flip(0) for values in inputs)
+    expected = model(*other)
+    position = Patience(1).replay(exported(*other))
+    assert_close(position + 1, expected.exit_layer)
+
+
+def test_gradient_checkpointing_is_exact(make, batch):
+    def gradients(checkpointing):
+        model, calls = make(), []
+        if checkpointing:
+            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+            enable()
+        model.bert.encoder.layer[0].attention.register_forward_hook(lambda *_: calls.append(1))
+        torch.manual_seed(1)  # the same dropout
+        model.train()(**batch, labels=torch.arange(16) % 3).loss.backward()
+        return len(calls), [weight.grad for weight in model.parameters()]
+
+    calls, expected = gradients(checkpointing=False)
+    calls_again, actual = gradients(checkpointing=True)
+    assert (calls, calls_again) == (1, 2)  # the forward was run again in the backward
+    for grad, want in zip(actual, expected, strict=True):
+        assert_close(grad, want, rtol=0, atol=0)
+
+
+# ------------------------------------------------------------------------------------------------------- save and load
+
+
+@mark.parametrize("auto", [GamlBertForSequenceClassification, AutoModel, AutoModelForSequenceClassification])
+@mark.parametrize("policy", ["patience", "entropy"])
+def test_save_and_load(auto, policy, make, batch, tmp_path):
+    """PABEE's patience was an attribute of the model, 0 after loading; an Auto class dropped all its exits."""
+    model = make(exit_layers=[1, 3, 4], exit_pooler="per_exit", exit_temperatures=[2.0, 1.0, 0.5], **POLICIES[policy])
+    model.save_pretrained(tmp_path)
+    loaded = auto.from_pretrained(tmp_path)
+    assert type(loaded) is GamlBertForSequenceClassification
+    assert type(AutoConfig.from_pretrained(tmp_path)) is GamlBertConfig
+    assert not loaded.training
+    for key, weight in model.state_dict().items():
+        assert loaded.state_dict()[key].equal(weight), key
+    expected, output = model(**batch), loaded(**batch)
+    assert output.logits.equal(expected.logits)
+    assert output.exit_layer.equal(expected.exit_layer)
+    overridden = auto.from_pretrained(tmp_path, exit_strategy="budgeted", budgeted_exit=3)
+    assert overridden(**batch).exit_layer.tolist() == [3] * 16
+
+
+def test_fewer_exits_than_were_trained(make, batch, tmp_path):
+    """Each layer keeps its own classifier."""
+    model = make()
+    model.save_pretrained(tmp_path)
+    loaded = GamlBertForSequenceClassification.from_pretrained(tmp_path, exit_layers=[2, 4])
+    expected = model(**batch, output_exit_logits=True).exit_logits[:, [1, 3]]
+    assert loaded(**batch, output_exit_logits=True).exit_logits.equal(expected)
+
+
+def incomplete(folder, model, drop):
+    model.save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    kept = {key: weight for key, weight in weights.items() if drop not in key}
+    assert len(kept) < len(weights)
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@mark.parametrize("drop", ["exit_classifiers.2.weight", "exit_poolers.4.", "encoder.layer.2."])
+@mark.parametrize("explicit_config", [False, True])
+def test_missing_weights_are_an_error(drop, explicit_config, make, tmp_path):
+    """Whoever loads it would get random answers, and no sign of it but a line in the log."""
+    model = make(exit_pooler="per_exit")
+    incomplete(tmp_path, model, drop)
+    model.config.architectures = None
+    config = {"config": model.config} if explicit_config else {}
+    count = sum(drop in key for key in model.state_dict())
+    with raises(
+        ValueError, match=re.escape(f"lacks {count} weights that the config names, the first of them")
+    ) as error:
+        GamlBertForSequenceClassification.from_pretrained(tmp_path, **config)
+    assert drop in str(error.value)
+    assert "Load it with the `num_hidden_layers`, `exit_layers` and `exit_pooler` it was trained with." in str(
+        error.value
+    )
+
+
+def test_more_than_the_checkpoint_holds_is_an_error(make, bert_kwargs, tmp_path):
+    make(exit_layers=[2, 4]).save_pretrained(tmp_path / "gaml")
+    for wrong in ({"exit_layers": [1, 2, 4]}, {"exit_pooler": "shared"}, {"exit_pooler": "per_exit"}):
+        with raises(ValueError, match="weights that the config names"):
+            GamlBertForSequenceClassification.from_pretrained(tmp_path / "gaml", **wrong)
+    BertModel(BertConfig(**bert_kwargs)).save_pretrained(tmp_path / "bert")
+    with raises(ValueError, match=r"lacks 32 weights .* `bert\.encoder\.layer\.4\.attention"):  # 16 tensors in a layer
+        GamlBertForSequenceClassification.from_pretrained(tmp_path / "bert", num_hidden_layers=6)
+
+
+def test_what_from_pretrained_refuses(make, tmp_path):
+    make().save_pretrained(tmp_path / "gaml")
+    RobertaConfig().save_pretrained(tmp_path / "roberta")
+    load = GamlBertForSequenceClassification.from_pretrained
+    with raises(ValueError, match="`patiense` is not a field of GamlBertConfig. Did you mean `patience`?"):
+        load(tmp_path / "gaml", patiense=2)
+    with raises(TypeError, match="unexpected keyword argument 'speed'"):
+        load(tmp_path / "gaml", speed=2)
+    with raises(ValueError, match="holds a model of type `roberta`"):
+        load(tmp_path / "roberta")
+    with raises(Exception, match="`num_labels` must be at least 2"):
+        load(tmp_path / "gaml", num_labels=1)
+
+
+@each_attention
+@mark.parametrize("exit_pooler", ["none", "shared", "per_exit"])
+def test_truncate(attention, exit_pooler, make, batch, tmp_path):
+    model = make(
+        attn_implementation=attention,
+        exit_pooler=exit_pooler,
+        exit_temperatures=[2.0, 1.0, 0.5, 1.5],
+        distillation=[[4, 1], [1, 3]],
+        **POLICIES["budgeted"] | {"budgeted_exit": 3},
+    ).to(torch.float64)
+    smaller = model.truncate(3)
+    assert_same(smaller(**batch), model(**batch))
+    patient, full = smaller(**batch, exit_policy=Patience(1)), model(**batch, exit_policy=Patience(1))
+    assert patient.exit_layer.equal(full.exit_layer.clamp(max=3))
+    assert (smaller.dtype, smaller.config._attn_implementation) == (torch.float64, attention)
+    assert smaller.config.distillation == [[1, 3]]
+    assert len(smaller.bert.encoder.layer) == 3
+    gone = [model.bert.encoder.layer[3], model.exit_classifiers["4"]]
+    gone += [model.exit_poolers["4"]] if exit_pooler == "per_exit" else []
+    assert smaller.num_parameters() == model.num_parameters() - sum(p.numel() for x in gone for p in x.parameters())
+    before = smaller(**batch).logits
+    torch.nn.init.zeros_(model.exit_classifiers["3"].weight)
+    assert smaller(**batch).logits.equal(before)  # a copy: it shares no weight
+    smaller.save_pretrained(tmp_path)
+    assert_same(GamlBertForSequenceClassification.from_pretrained(tmp_path)(**batch), smaller(**batch))
+
+
+def test_truncate_where_there_is_no_exit(make):
+    message = "`exit_layer` must be one of the exits of this model, [2, 4]; the first layer is 1. Got `exit_layer=3`."
+    with raises(ValueError, match=re.escape(message)):
+        make(exit_layers=[2, 4]).truncate(3)
+    assert make(exit_layers=[2, 4], budgeted_exit=2).truncate(2).config.exit_layers == [2]
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+
+
+IDS = torch.full((2, 6), 7)
+
+
+@mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({}, "Give exactly one of `input_ids` and `inputs_embeds`."),
+        ({"input_ids": IDS, "inputs_embeds": torch.zeros(2, 6, 32)}, "Give exactly one of"),
+        (
+            {"input_ids": IDS[0]},
+            "`input_ids` must have 2 dimensions, at least one row and at least one token. Got shape (6,)",
+        ),
+        ({"input_ids": IDS[:0]}, "Got shape (0, 6)"),
+        ({"input_ids": IDS[:, :0]}, "Got shape (2, 0)"),
+        ({"inputs_embeds": torch.zeros(6, 32)}, "`inputs_embeds` must have 3 dimensions"),
+        (
+            {"input_ids": IDS.repeat(1, 11)},
+            "`input_ids` must be at most 64 tokens long (`max_position_embeddings`). Got 66; tokenize with "
+            "`truncation=True`.",
+        ),
+        (
+            {"input_ids": IDS + 99},
+            "`input_ids` must lie between 0 and 48 (`vocab_size` of the model is 49). Row 0 holds 106.",
+        ),
+        ({"input_ids": IDS * tensor([[1], [-1]])}, "Row 1 holds -7."),
+        (
+            {"input_ids": IDS, "attention_mask": torch.ones(2, 5)},
+            "`attention_mask` must have shape (2, 6), as `input_ids`.",
+        ),
+        ({"input_ids": IDS, "attention_mask": torch.ones(2, 1, 6, 6)}, "Got (2, 1, 6, 6)"),
+        (
+            {"input_ids": IDS, "attention_mask": tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])},
+            "`attention_mask` must be 1 at the first position of every row: an exit reads [CLS] there. Row 1 starts "
+            'with padding; pad on the right (`padding_side="right"`).',
+        ),
+        (
+            {"input_ids": IDS, "token_type_ids": IDS},
+            "`token_type_ids` must lie between 0 and 1 (`type_vocab_size` of the",
+        ),
+        (
+            {"input_ids": IDS, "token_type_ids": IDS[:, :5]},
+            "`token_type_ids` must have shape (2, 6), as `input_ids`. Got (2, 5)",
+        ),
+        (
+            {"input_ids": IDS, "labels": tensor([0, 3])},
+            "`labels` must lie between 0 and 2 (`num_labels` of the model is 3). Row 1 holds 3.",
+        ),
+        ({"input_ids": IDS, "labels": tensor([-100, -100])}, "Row 0 holds -100."),  # a loss of NaN or 0 otherwise
+        ({"input_ids": IDS, "labels": tensor([0.0, 1.0])}, "`labels` must have shape (2,) and type torch.int64"),
+        ({"input_ids": IDS, "labels": tensor([0, 1], dtype=torch.int32)}, "Got shape (2,), torch.int32."),
+        ({"input_ids": IDS, "labels": tensor([[0], [1]])}, "one class for each row of `input_ids`. Got shape (2, 1)"),
+        ({"input_ids": IDS, "labels": tensor([0])}, "Got shape (1,)"),
+        (
+            {"input_ids": IDS, "output_attentions": True},
+            'loaded with `attn_implementation="eager"`. Got `attn_implementation=',
+        ),
+    ],
+)
+@mark.parametrize("training", [False, True])
+def test_bad_inputs(inputs, message, training, make):
+    with raises(ValueError, match=re.escape(message)):
+        make(vocab_size=49, attn_implementation="sdpa").train(training)(**inputs)
+
+
+def test_an_unknown_keyword_is_refused(make):
+    with raises(TypeError, match="unexpected keyword argument 'exit_threshold'"):
+        make()(IDS, exit_threshold=0.5)
