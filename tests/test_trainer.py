@@ -1,0 +1,462 @@
+"""
+GamlTrainer. Run as a script, this file is one rank of a distributed training, see `test_two_ranks`.
+"""
+
+import itertools
+import math
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import torch
+from pytest import approx, fixture, mark, raises
+from torch.nn import functional as F
+from torch.testing import assert_close
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification, GamlTrainer
+from gaml_hf.alignment import RELATIVE_FLOOR
+from reference import alignment_reference, ce_loss_reference, kd_loss_reference
+
+
+ALPHA, LEARNING_RATE, STEPS, ROWS, LAYERS = 0.3, 0.1, 3, 8, 3
+EXIT_WEIGHTS = [1 / 6, 2 / 6, 3 / 6]
+PAIRS = [(0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1)]
+CASES = list(itertools.product(["soft", "hard"], ["global", "layer", "tensor"]))
+
+
+class Rows(Dataset):
+    """Fixed random texts of different lengths, padded to one length."""
+
+    def __init__(self, num_rows=ROWS):
+        generator = torch.Generator().manual_seed(0)
+        self.input_ids = torch.randint(1, 20, (ROWS, 6), generator=generator)[:num_rows]
+        self.attention_mask = (torch.arange(6) < torch.randint(3, 7, (ROWS, 1), generator=generator)).long()[:num_rows]
+        self.labels = torch.randint(0, 3, (ROWS,), generator=generator)[:num_rows]
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, row):
+        return {key: values[row] for key, values in vars(self).items()}
+
+
+def make_model(**changes):
+    torch.manual_seed(11)
+    sizes = {"hidden_size": 16, "num_hidden_layers": LAYERS, "num_attention_heads": 2, "intermediate_size": 32}
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    # The usual 0.02 leaves all exits of a new model nearly alike, and L^KD nearly zero.
+    config = {"vocab_size": 20, "max_position_embeddings": 8, "num_labels": 3, "initializer_range": 0.4}
+    return GamlBertForSequenceClassification(
+        GamlBertConfig(**{**sizes, **no_dropout, **config, "alpha": ALPHA, "kd_reduction": "sum", **changes})
+    )
+
+
+def make_trainer(folder, model=None, *, trainer_class=GamlTrainer, rows=ROWS, more=None, **changes):
+    """SGD on all rows at once, `STEPS` times, unless `changes` say otherwise."""
+    arguments = {
+        "per_device_train_batch_size": ROWS,
+        "max_steps": STEPS,
+        "optim": "sgd",
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+    return trainer_class(
+        model, TrainingArguments(str(folder), **{**arguments, **changes}), train_dataset=Rows(rows), **(more or {})
+    )
+
+
+def train(folder, model, **changes):
+    """The weights after training, and what was logged at each step."""
+    trainer = make_trainer(folder, model, **changes)
+    trainer.train()
+    return weights_of(model), trainer.state.log_history[:-1]
+
+
+def weights_of(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def group_of(name, granularity):
+    if granularity == "tensor":
+        return name
+    parts = ["embeddings"]
+    for m in range(LAYERS):
+        parts += [f"encoder.layer.{m}.", f"exit_classifiers.{m + 1}."]
+    return next(part for part in parts if part in name) if granularity == "layer" else ""
+
+
+@cache
+def reference_training(mode, granularity, max_grad_norm=0.0, batches=((0, ROWS),) * STEPS):
+    """The weights after one float64 step for each batch, and for each step what the trainer should log."""
+    model = make_model().double().train()
+    keys = [group_of(name, granularity) for name, _ in model.named_parameters()]
+    groups = [list(dict.fromkeys(keys)).index(key) for key in keys]
+    log = []
+    for first, end in batches:
+        batch = {key: values[first:end] for key, values in vars(Rows()).items()}
+        labels = batch.pop("labels")
+        logits = model(**batch).exit_logits
+        ce_loss = sum(w * F.cross_entropy(logits[:, m], labels) for m, w in enumerate(EXIT_WEIGHTS))
+        g_ce = gradient(ce_loss, model)
+
+        logits = model(**batch).exit_logits
+        log_p = logits.log_softmax(dim=-1)
+        kd_loss = sum(
+            F.kl_div(log_p[:, j], log_p[:, i].detach(), reduction="batchmean", log_target=True) for i, j in PAIRS
+        )
+        g_kd = gradient(kd_loss, model)
+
+        # These two are here for their gradients; plain loops say that they are Eqs. 1 and 3.
+        assert ce_loss.item() == approx(ce_loss_reference(logits.tolist(), labels.tolist(), EXIT_WEIGHTS))
+        assert kd_loss.item() == approx(kd_loss_reference(logits.tolist(), PAIRS))
+
+        g_ga, c, cos_angle = alignment_reference(g_ce, g_kd, groups, ALPHA, mode, RELATIVE_FLOOR)
+        norm = math.sqrt(sum(x * x for values in g_ga for x in values))
+        scale = min(1.0, max_grad_norm / norm) if max_grad_norm else 1.0
+        with torch.no_grad():
+            for parameter, values in zip(model.parameters(), g_ga, strict=True):
+                parameter -= LEARNING_RATE * scale * torch.tensor(values, dtype=torch.float64).view_as(parameter)
+        log.append(
+            {
+                "loss": (1 - ALPHA) * ce_loss.item() + ALPHA * kd_loss.item(),
+                "grad_norm": norm,
+                "alignment/cos_angle": cos_angle,
+                "alignment/coefficient": sum(c) / len(c),
+                "alignment/coefficient_min": min(c),
+                "alignment/coefficient_max": max(c),
+                "alignment/conflict": float(cos_angle < 0),
+            }
+        )
+    return weights_of(model), log
+
+
+def gradient(loss, model):
+    model.zero_grad()
+    loss.backward()
+    return [parameter.grad.flatten().tolist() for parameter in model.parameters()]
+
+
+def assert_same_weights(weights, expected, atol=2e-6, rtol=1e-5):
+    assert weights.keys() == expected.keys()
+    for name, weight in weights.items():
+        assert_close(weight.double(), expected[name].double(), atol=atol, rtol=rtol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@mark.parametrize(("mode", "granularity"), CASES)
+def test_steps_and_log_are_the_reference(tmp_path, mode, granularity):
+    expected, expected_log = reference_training(mode, granularity)
+    weights, log = train(tmp_path, make_model(ga_mode=mode, ga_granularity=granularity))
+    assert_same_weights(weights, expected)
+    for entry, expected_entry in zip(log, expected_log, strict=True):
+        for key, value in expected_entry.items():
+            # By tensor, the three biases of attention keys, zero in theory, have an `r` whose sign is noise; in hard
+            # mode that decides between `c` = 0.7 and 1, which is 0.9 / 59 in the mean over all tensors.
+            noise = 0.016 if (mode, granularity) == ("hard", "tensor") and "coefficient" in key else 1e-4
+            assert entry[key] == approx(value, abs=noise, rel=1e-4), key
+
+
+def test_the_cases_tell_the_modes_apart():
+    """Else the test above could not see a mode, a granularity or a clipping that does nothing."""
+    assert [row["alignment/conflict"] for row in reference_training("hard", "global")[1]] == [0, 0, 1]
+    trainings = [reference_training(*case)[0] for case in CASES] + [reference_training("soft", "layer", 1.0)[0]]
+    for one, other in itertools.combinations(trainings, 2):
+        assert max((one[name] - other[name]).abs().max() for name in one) > 1e-3
+
+
+@mark.parametrize(("mode", "granularity"), CASES)
+def test_accumulation_and_clipping(tmp_path, mode, granularity):
+    """Four micro-batches of 2 are one batch of 8: aligned once, then clipped as one gradient."""
+    weights, log = train(
+        tmp_path,
+        make_model(ga_mode=mode, ga_granularity=granularity),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+        max_grad_norm=1.0,
+    )
+    expected, expected_log = reference_training(mode, granularity, max_grad_norm=1.0)
+    assert_same_weights(weights, expected)
+    assert [row["loss"] for row in log] == approx([row["loss"] for row in expected_log], rel=1e-4)
+    assert log[0]["grad_norm"] == approx(expected_log[0]["grad_norm"], rel=1e-4)
+
+
+def test_fewer_micro_batches_at_the_end_of_an_epoch(tmp_path):
+    """Rows 0-3 in two micro-batches, then rows 4-5 in one: each step divides by its own number of micro-batches."""
+    weights, _ = train(
+        tmp_path,
+        make_model(ga_granularity="layer"),
+        rows=6,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        train_sampling_strategy="sequential",
+        max_steps=2,
+    )
+    assert_same_weights(weights, reference_training("soft", "layer", batches=((0, 4), (4, 6)))[0])
+
+
+def distributed_worker(folder):
+    """One rank of two: trains every case on its half of the rows and writes the weights."""
+    ranks_of_4 = {"per_device_train_batch_size": 4}
+    accumulated = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    runs = {
+        f"{mode}-{granularity}": ({"ga_mode": mode, "ga_granularity": granularity}, ranks_of_4)
+        for mode, granularity in CASES
+    }
+    runs["accumulated"] = ({"ga_granularity": "layer"}, accumulated)
+    runs["shared"] = ({"ga_granularity": "layer", "exit_pooler": "shared"}, ranks_of_4)
+    weights = {key: train(folder, make_model(**changes), **layout)[0] for key, (changes, layout) in runs.items()}
+    torch.save(weights, folder / f"{os.environ['RANK']}.pt")
+
+
+@fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two_ranks")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*launcher, __file__, str(folder)], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+
+
+@mark.parametrize(("mode", "granularity"), CASES)
+def test_two_ranks(two_ranks, mode, granularity):
+    for rank in two_ranks:
+        assert_same_weights(rank[f"{mode}-{granularity}"], reference_training(mode, granularity)[0])
+
+
+def test_two_ranks_accumulated(two_ranks):
+    assert_same_weights(two_ranks[0]["accumulated"], reference_training("soft", "layer")[0])
+
+
+def test_two_ranks_with_a_shared_pooler(two_ranks, tmp_path):
+    """A parameter used by every exit is one that DistributedDataParallel must not count several times."""
+    weights, _ = train(tmp_path, make_model(ga_granularity="layer", exit_pooler="shared"))
+    assert_same_weights(two_ranks[0]["shared"], weights)
+
+
+def test_every_parameter_moves(tmp_path):
+    before = weights_of(make_model())
+    after, _ = train(tmp_path, make_model(), max_steps=1)
+    still = {name for name in before if (after[name] - before[name]).abs().max() < 1e-5}
+    # A softmax does not change when a number is added to all its inputs: such a bias has no gradient.
+    assert still == {f"bert.encoder.layer.{m}.attention.self.key.bias" for m in range(LAYERS)}
+
+
+@mark.parametrize("changes", [{"ga_mode": "none"}, {"distillation": "none"}], ids=str)
+def test_without_alignment_it_is_the_stock_trainer(tmp_path, changes):
+    accumulated = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "max_grad_norm": 1.0}
+    stock, stock_log = train(tmp_path, make_model(**changes), trainer_class=Trainer, **accumulated)
+    ours, our_log = train(tmp_path, make_model(**changes), **accumulated)
+    assert all(torch.equal(ours[name], stock[name]) for name in stock)
+    assert our_log == stock_log
+
+
+def test_stock_trainer_minimises_eq_2(tmp_path):
+    """The loss that both log is the same; the step is not."""
+    stock, stock_log = train(tmp_path, make_model(), trainer_class=Trainer, max_steps=1)
+    ours, our_log = train(tmp_path, make_model(), max_steps=1)
+    assert our_log[0]["loss"] == approx(stock_log[0]["loss"], rel=1e-5)
+    assert max((ours[name] - stock[name]).abs().max() for name in ours) > 1e-3
+
+
+CHECKPOINTING = next(  # the second is the name until transformers 5.17
+    name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, name)
+)
+
+
+def test_activation_checkpointing(tmp_path):
+    model = make_model(ga_granularity="layer")
+    weights, _ = train(tmp_path, model, **{CHECKPOINTING: True})
+    assert all(layer.gradient_checkpointing for layer in model.bert.encoder.layer)
+    assert_same_weights(weights, reference_training("soft", "layer")[0])
+
+
+def test_bf16_autocast(tmp_path):
+    before = weights_of(make_model())
+    expected, _ = reference_training("soft", "layer")
+    weights, _ = train(tmp_path, make_model(ga_granularity="layer"), bf16=True)
+    error = sum((weights[name] - expected[name]).square().sum() for name in before).sqrt()
+    moved = sum((expected[name] - before[name]).square().sum() for name in before).sqrt()
+    assert 0 < error < 0.05 * moved
+
+
+@mark.parametrize("mode", ["soft", "hard"])
+def test_a_gradient_scaler_skips_the_step_that_overflows(tmp_path, mode):
+    model = make_model(ga_mode=mode, ga_granularity="layer")
+    trainer = make_trainer(tmp_path, model, max_steps=STEPS + 1)
+    # 2^127 times the loss is infinite; 2^10 times is not.
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-117)
+    trainer.train()
+    assert trainer.accelerator.scaler.get_scale() == 2.0**10
+    assert_same_weights(weights_of(model), reference_training(mode, "layer")[0])
+    assert ["alignment/coefficient" in entry for entry in trainer.state.log_history[:-1]] == [False, True, True, True]
+
+
+def test_model_init(tmp_path):
+    trainer = make_trainer(tmp_path, more={"model_init": lambda: make_model(ga_granularity="layer")})
+    for _ in range(2):  # each training starts from a new model
+        at_construction = trainer.model
+        trainer.train()
+        assert trainer.model is not at_construction
+        assert_same_weights(weights_of(trainer.model), reference_training("soft", "layer")[0])
+
+
+class DuringAccumulation(TrainerCallback):
+    """Calls `action` after each micro-batch that does not end a step."""
+
+    def __init__(self, action):
+        self.action = action
+
+    def on_substep_end(self, *args, **kwargs):
+        self.action()
+
+
+ACCUMULATED = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+
+
+def test_evaluation_does_not_disturb_an_accumulation(tmp_path):
+    trainer = make_trainer(tmp_path, make_model(ga_granularity="layer"), **ACCUMULATED)
+    losses = []
+    trainer.add_callback(DuringAccumulation(lambda: losses.append(trainer.evaluate(Rows())["eval_loss"])))
+    trainer.train()
+    assert len(losses) == 3 * STEPS
+    expected, log = reference_training("soft", "layer")
+    assert_same_weights(weights_of(trainer.model), expected)
+    assert losses[::3] == approx([row["loss"] for row in log], rel=1e-4)  # evaluation tells Eq. 2 as well
+
+
+def test_an_interrupted_training_leaves_nothing_behind(tmp_path):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    trainer = make_trainer(tmp_path, make_model(ga_granularity="layer"), **ACCUMULATED)
+    callback = DuringAccumulation(interrupt)
+    trainer.add_callback(callback)
+    with raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.remove_callback(callback)
+    trainer.train()
+    assert_same_weights(weights_of(trainer.model), reference_training("soft", "layer")[0])
+
+
+def test_a_batch_without_labels(tmp_path):
+    trainer = make_trainer(tmp_path, make_model())
+    trainer.data_collator = lambda rows: {"input_ids": torch.stack([row["input_ids"] for row in rows])}
+    with raises(ValueError, match="Training needs `labels` in every batch, and this batch has none"):
+        trainer.train()
+
+
+def set_attribute(name, value):
+    def change(trainer):
+        setattr(trainer.args if name == "_n_gpu" else trainer, name, value)
+
+    return change
+
+
+REFUSED = {
+    "DeepSpeed": set_attribute("is_deepspeed_enabled", True),
+    "FSDP": set_attribute("is_fsdp_enabled", True),
+    "spread over several devices": set_attribute("is_model_parallel", True),
+    "nn.DataParallel": set_attribute("_n_gpu", 2),
+    "`compute_loss_func`": set_attribute(
+        "compute_loss_func", lambda outputs, labels, num_items_in_batch: outputs.loss
+    ),
+    "reentrant checkpointing": lambda trainer: trainer.model.gradient_checkpointing_enable({"use_reentrant": True}),
+}
+
+
+@mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+@mark.parametrize("name", REFUSED)
+def test_refused_at_the_start_of_training(tmp_path, name):
+    trainer = make_trainer(tmp_path, make_model())
+    REFUSED[name](trainer)
+    with raises(ValueError, match=f"`ga_mode='soft'`.* does not work with .*{name}.*`ga_mode=\"none\"`"):
+        trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
+    trainer.model.config.ga_mode = "none"
+    trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
+
+
+@mark.parametrize(
+    ("name", "changes"),
+    [
+        ("label_smoothing_factor", {"label_smoothing_factor": 0.1}),
+        ("optim=.*lomo", {"optim": "lomo"}),
+        ("optim=.*layerwise", {"optim": "galore_adamw_layerwise", "optim_target_modules": ["query"]}),
+    ],
+)
+def test_refused_at_construction(tmp_path, name, changes):
+    with raises(ValueError, match=f"does not work with .*{name}"):
+        make_trainer(tmp_path, make_model(), **changes)
+    make_trainer(tmp_path, make_model(ga_mode="none"), **changes)
+
+
+def test_reentrant_checkpointing_is_refused_before_the_first_step(tmp_path):
+    trainer = make_trainer(
+        tmp_path, make_model(), **{CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": True}}
+    )
+    with raises(ValueError, match="reentrant checkpointing"):
+        trainer.train()
+
+
+class BreakAGradient(TrainerCallback):
+    """A NaN in one gradient of the second step of three: the loss is not NaN yet, the weights are."""
+
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        if state.global_step == 1:
+            model.exit_classifiers["1"].bias.grad[0] = math.nan
+
+
+SAVES = {
+    "steps": {"save_strategy": "steps", "save_steps": 1},
+    "epoch": {"save_strategy": "epoch"},
+    "best": {"save_strategy": "best", "eval_strategy": "epoch", "metric_for_best_model": "loss"},
+}
+
+
+@mark.parametrize("mode", ["none", "soft"])
+@mark.parametrize("strategy", SAVES)
+def test_nothing_is_saved_once_a_weight_is_nan(tmp_path, strategy, mode):
+    more = {"eval_dataset": Rows(), "callbacks": [BreakAGradient()]}
+    changes = {"logging_steps": 100, **SAVES[strategy]}
+    trainer = make_trainer(tmp_path, make_model(ga_mode=mode), more=more, **changes)
+    with raises(FloatingPointError, match="stopped at step 2: a weight is not finite.*Lower `learning_rate`"):
+        trainer.train()
+    assert [folder.name for folder in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+    good = GamlBertForSequenceClassification.from_pretrained(tmp_path / "checkpoint-1")
+    assert all(parameter.isfinite().all() for parameter in good.parameters())
+
+
+@mark.parametrize("mode", ["none", "hard"])
+def test_a_loss_that_is_nan_stops_the_training(tmp_path, mode):
+    """Seen at the end even where nothing is logged, evaluated or saved; the stock Trainer reports a finite loss."""
+    changes = {"learning_rate": 1e38, "logging_strategy": "no", "per_device_train_batch_size": 2}
+    trainer = make_trainer(tmp_path, make_model(ga_mode=mode), **changes)
+    with raises(FloatingPointError, match="stopped at step 3: the loss is not finite"):
+        trainer.train()
+
+
+def test_the_code_is_in_the_folder_that_every_save_pushes(tmp_path, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(Trainer, "init_hf_repo", lambda self, token=None: None)
+    monkeypatch.setattr(
+        Trainer,
+        "_push_from_checkpoint",
+        lambda self, folder: pushed.append({file.name for file in tmp_path.iterdir()}),
+    )
+    arguments = {"push_to_hub": True, "hub_strategy": "every_save", "save_strategy": "steps", "save_steps": 2}
+    train(tmp_path, make_model(), **arguments)
+    assert len(pushed) == 2
+    package = Path(sys.modules["gaml_hf"].__file__).parent
+    assert {file.name for file in package.glob("*_gaml*.py")} <= pushed[0]
+
+
+if __name__ == "__main__":
+    distributed_worker(Path(sys.argv[1]))
