@@ -1,0 +1,476 @@
+"""
+A checkpoint folder that a stranger can load: saving it whole, checking it, its model card, and pushing it to the Hub.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from importlib.metadata import requires
+from math import isfinite
+from pathlib import Path
+from uuid import uuid4
+
+import torch
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from huggingface_hub.utils import filter_repo_objects, validate_repo_id
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+from transformers.dynamic_module_utils import get_relative_imports
+
+from .configuration_gaml_bert import GamlBertConfig
+from .evaluation import OperatingPoint
+from .exiting_gaml import EXIT_POLICIES
+from .modeling_gaml_bert import GamlBertForSequenceClassification
+
+
+# What a Trainer leaves beside a model, and our own unfinished saves: never pushed.
+TRAINING_STATE = (
+    "checkpoint-*",
+    "runs/*",
+    "run.json",  # with the paths of this machine
+    "*.tsv",  # predictions
+    "training_args.bin",
+    "trainer_state.json",
+    "optimizer.*",
+    "scheduler.pt",
+    "scaler.pt",
+    "rng_state*.pth",
+    ".saving-*",
+    ".git/*",
+    ".cache/*",
+)
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+# Drawn by `plots.py`; shown in the card when they lie in the folder.
+FIGURES = {
+    "depth_score.png": "Score of each exit against its depth",
+    "speed_score.png": "Score against speed-up",
+}
+
+
+def save_checkpoint(model, tokenizer, folder: str | os.PathLike, *, card: Mapping | None = None) -> Path:
+    """
+    Save everything a stranger needs to load the model: config, weights (safetensors), tokenizer, code, the handler of
+    Inference Endpoints and the model card. Nothing is pickled, and every file gets the mode that the umask gives.
+
+    Everything is written to a temporary folder first and checked there ([`check_checkpoint`]). So a save that fails (a
+    full disk, weights with NaN) leaves the old folder as it was. Then:
+
+    - A new folder appears whole, in one rename.
+    - In an existing folder only the files written here are replaced, each in one step; training checkpoints, results
+      and figures stay. Where config and tokenizer are the same as before, which is the same run with better weights,
+      the folder loads at every moment. Where they differ, `config.json` goes first and comes back last: whoever reads
+      the folder within these milliseconds, or after a crash in them, is told that the config is missing, and never
+      gets the weights of one model with the labels, exits or vocabulary of another.
+
+    Args:
+        model ([`GamlBertForSequenceClassification`]): the model itself, not one wrapped for several GPUs.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): its tokenizer.
+        folder (`str` or `os.PathLike`): where to; made if it is not there.
+        card (`dict`, *optional*):
+            Keyword arguments of [`render_card`]; `figures` is filled in from the folder. Without it, a `README.md`
+            that is already there stays, and a new folder gets a card of what the config knows.
+
+    Returns:
+        `Path`: the folder.
+
+    Raises:
+        ValueError: the folder would not be complete, or a weight is not finite.
+    """
+    folder = Path(folder)
+    exists = folder.is_dir()
+    # Inside an existing folder: a rename must not cross file systems, and `folder` may be a mount.
+    stage = (folder if exists else folder.parent) / f".saving-{uuid4().hex}"
+    stage.mkdir(parents=True)
+    try:
+        model.save_pretrained(stage)
+        tokenizer.save_pretrained(stage)
+        _forget_last_call(stage / "tokenizer.json")
+        shutil.copyfile(Path(__file__).with_name("handler.py"), stage / "handler.py")
+        if card is not None or not (folder / "README.md").exists():
+            figures = [name for name in FIGURES if (folder / name).exists()]
+            text = render_card(model.config, **({"model_name": folder.name, "figures": figures} | dict(card or {})))
+            (stage / "README.md").write_text(text, encoding="utf-8")
+        # safetensors writes 0600, which a server run by another user cannot read; config.json has the umask's mode.
+        mode = (stage / "config.json").stat().st_mode
+        for path in stage.glob("*.safetensors"):
+            path.chmod(mode)
+        if problems := _problems(stage):
+            raise ValueError(f"The checkpoint was not saved to `{folder}`:\n" + "\n".join(f"- {p}" for p in problems))
+        if exists:
+            _move_in(stage, folder)
+        else:
+            stage.rename(folder)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+    return folder
+
+
+def _forget_last_call(path: Path) -> None:
+    """
+    Take truncation and padding out of a `tokenizer.json`: they are those of whatever call came last, and a program
+    that reads the file without Transformers would cut every text by them.
+    """
+    if path.exists():  # else a tokenizer in Python alone
+        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.save(str(path))
+
+
+def _move_in(stage: Path, folder: Path) -> None:
+    """Replace files of `folder` by those of `stage`, `config.json` last; see [`save_checkpoint`]."""
+    new = sorted(stage.iterdir(), key=lambda path: path.name == "config.json")
+    decides = [path for path in new if path.name == "config.json" or "token" in path.name or path.name == "vocab.txt"]
+    same = all((old := folder / path.name).exists() and old.read_bytes() == path.read_bytes() for path in decides)
+    if not same:
+        (folder / "config.json").unlink(missing_ok=True)
+    for path in new:
+        os.replace(path, folder / path.name)
+    # A single file is loaded in preference to shards, so none of an older save may stay.
+    for path in [*folder.glob("model*.safetensors"), folder / WEIGHTS_INDEX]:
+        if path.name not in {path.name for path in new}:
+            path.unlink(missing_ok=True)
+
+
+def check_checkpoint(folder: str | os.PathLike) -> None:
+    """
+    Check that a folder holds all that loading it elsewhere needs: a valid config which names its code, every file of
+    that code, finite safetensors weights for exactly the model that the config describes, a tokenizer that fits it,
+    and no pickle. Training state, which is never pushed, is not looked at.
+
+    Args:
+        folder (`str` or `os.PathLike`): the checkpoint.
+
+    Raises:
+        ValueError: lists everything that is missing or wrong.
+    """
+    if not Path(folder).is_dir():
+        raise ValueError(f"`folder` must be an existing checkpoint folder. Got `{folder}`.")
+    if problems := _problems(Path(folder)):
+        raise ValueError(
+            f"`{folder}` is not a complete GAML-BERT checkpoint:\n"
+            + "\n".join(f"- {problem}" for problem in problems)
+            + "\nSave it with `gaml_hf.hub.save_checkpoint`."
+        )
+
+
+def _problems(folder: Path) -> list[str]:
+    """What is missing or wrong in a checkpoint folder, one sentence each."""
+    problems = [
+        f"`{name}` is a pickle, which can run code when it is loaded; weights belong into `{WEIGHTS}`."
+        for name in _files(folder)
+        if name.endswith(PICKLES)
+    ]
+    try:
+        names = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = GamlBertConfig.from_pretrained(folder, local_files_only=True)
+    except FileNotFoundError:
+        return [*problems, "`config.json` is missing."]
+    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
+        return [*problems, f"`config.json` is not valid: {error}"]
+    return (
+        problems
+        + _code_problems(folder, names)
+        + _weight_problems(folder, config)
+        + _tokenizer_problems(folder, config)
+    )
+
+
+def _files(folder: Path) -> list[str]:
+    """Paths of the files that a push would send, relative to the folder."""
+    paths = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return list(filter_repo_objects(paths, ignore_patterns=list(TRAINING_STATE)))
+
+
+def _code_problems(folder: Path, config: Mapping) -> list[str]:
+    references = dict(config.get("auto_map") or {})
+    problems = [
+        f"`auto_map` in `config.json` does not name the class for `{auto_class}`."
+        for auto_class in ("AutoConfig", "AutoModel", "AutoModelForSequenceClassification")
+        if auto_class not in references
+    ]
+    pipelines = config.get("custom_pipelines") or {}
+    if "text-classification" not in pipelines:
+        problems.append("`custom_pipelines` in `config.json` does not name the class for `text-classification`.")
+    references |= {task: pipeline["impl"] for task, pipeline in pipelines.items()}
+    needed = {}  # module: who needs it
+    for name, reference in references.items():
+        if "--" in reference:
+            problems.append(f"`config.json` takes the class for `{name}` from another repository, `{reference}`.")
+        else:
+            needed[reference.split(".")[0]] = f"`config.json` (for `{name}`)"
+    found = set()
+    while needed:
+        module, needed_by = needed.popitem()
+        path = folder / f"{module}.py"
+        found.add(module)
+        if not path.is_file():
+            problems.append(f"`{path.name}` is missing; {needed_by} needs it.")
+            continue
+        needed |= {other: f"`{path.name}`" for other in get_relative_imports(path) if other not in found}
+    return problems
+
+
+def _weight_problems(folder: Path, config: GamlBertConfig) -> list[str]:
+    if (folder / WEIGHTS).is_file():
+        names = {WEIGHTS}
+    elif (folder / WEIGHTS_INDEX).is_file():
+        names = set(json.loads((folder / WEIGHTS_INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+    else:
+        return [f"`{WEIGHTS}` is missing."]
+    shapes, problems, broken = {}, [], []
+    for name in sorted(names):
+        try:
+            with safe_open(folder / name, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118 (not a dict)
+                    tensor = file.get_tensor(key)
+                    shapes[key] = tuple(tensor.shape)
+                    if not torch.isfinite(tensor).all():
+                        broken.append(key)
+        except (OSError, SafetensorError) as error:
+            problems.append(f"`{name}` cannot be read: {error}")
+    if problems:
+        return problems
+    with torch.device("meta"):  # names and shapes alone
+        expected = {key: tuple(t.shape) for key, t in GamlBertForSequenceClassification(config).state_dict().items()}
+    differences = {
+        "lack": [key for key in expected if key not in shapes],
+        "hold, though the config describes no such part,": [key for key in shapes if key not in expected],
+        "hold in another shape than the config says": [
+            f"{key} {shapes[key]} instead of {shape}"
+            for key, shape in expected.items()
+            if shapes.get(key, shape) != shape
+        ],
+        "hold NaN or infinity in": broken,
+    }
+    for what, keys in differences.items():
+        if keys:
+            more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
+            problems.append(f"The weights {what} {', '.join(keys[:4])}{more}.")
+    return problems
+
+
+def _tokenizer_problems(folder: Path, config: GamlBertConfig) -> list[str]:
+    # Loading is no test of this: a folder without these files gives a tokenizer that answers [UNK] to every word.
+    problems = []
+    if not (folder / "tokenizer_config.json").is_file():
+        problems.append("`tokenizer_config.json` is missing.")
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
+        problems.append("The vocabulary is missing: `tokenizer.json` or `vocab.txt`.")
+    if problems:
+        return problems
+    try:
+        size = len(AutoTokenizer.from_pretrained(folder, local_files_only=True))
+    except Exception as error:  # the Rust tokenizer raises nothing narrower
+        return [f"The tokenizer cannot be loaded: {error}"]
+    if size > config.vocab_size:
+        return [f"The tokenizer has {size} tokens, but the model has embeddings for {config.vocab_size} only."]
+    return []
+
+
+def render_card(
+    config: GamlBertConfig,
+    *,
+    model_name: str | None = None,
+    base_model: str | None = None,
+    dataset: str | None = None,
+    task: str | None = None,
+    split: str | None = None,
+    metric_name: str | None = None,
+    exit_scores: Mapping[int, float] | None = None,
+    points: Sequence[OperatingPoint] = (),
+    chosen: OperatingPoint | None = None,
+    flops_speed_up: float | None = None,
+    baseline: tuple[str, float] | None = None,
+    training_arguments: Mapping | None = None,
+    seed: int | None = None,
+    date: str | None = None,
+    hardware: str | None = None,
+    versions: Mapping[str, str] | None = None,
+    command: str | None = None,
+    license: str | None = None,
+    language: str | None = None,
+    figures: Sequence[str] = (),
+) -> str:
+    """
+    The model card, from `model_card.md`. Only what is given appears; a score that is None or NaN was not measured.
+
+    All scores are of `metric_name`, in its own unit.
+
+    Args:
+        config ([`GamlBertConfig`]): of the model; gives exits, labels and the exit strategy it is saved with.
+        model_name (`str`, *optional*): the Hub id (`user/name`), or a name.
+        base_model (`str`, *optional*): the checkpoint it started from; a local folder is named, never linked.
+        dataset (`str`, *optional*): what it was trained on, if possible a Hub id (`nyu-mll/glue`).
+        task (`str`, *optional*): the configuration of that dataset (`sst2`).
+        split (`str`, *optional*): the split that gave the scores (`validation`).
+        metric_name (`str`, *optional*): the metric of the scores (`accuracy`). Without it no score is shown.
+        exit_scores (`dict[int, float]`, *optional*): score of each exit, by layer.
+        points (`list[OperatingPoint]`, *optional*): the curve of score against speed-up.
+        chosen ([`OperatingPoint`], *optional*): the one to use, which is the first number a reader sees.
+        flops_speed_up (`float`, *optional*): of `chosen`, in FLOPs instead of layers.
+        baseline (`tuple[str, float]`, *optional*): a plain model to compare with: its name and score.
+        training_arguments (`dict`, *optional*): those worth printing, as they come: no paths, no tokens.
+        seed (`int`), date (`str`), hardware (`str`), command (`str`), *optional*: of the training run.
+        versions (`dict[str, str]`, *optional*): of the libraries.
+        license (`str`), language (`str`), *optional*: Hub identifiers (`apache-2.0`, `en`).
+        figures (`list[str]`, *optional*): file names in the folder, out of `FIGURES`.
+
+    Returns:
+        `str`: the text of `README.md`.
+    """
+    exit_scores = {int(layer): score for layer, score in (exit_scores or {}).items() if _measured(score)}
+    points = [point for point in points if _measured(point.score, point.speed_up)]
+    chosen = chosen if chosen and _measured(chosen.score, chosen.speed_up) else None
+    baseline = baseline if baseline and _measured(baseline[1]) else None
+    if metric_name is None:
+        exit_scores, points, chosen, baseline = {}, [], None, None
+    run = {"seed": seed, "date": date, "hardware": hardware, **{f"`{k}`": v for k, v in (versions or {}).items()}}
+
+    name = model_name or "gaml-bert"
+    layers = config.num_hidden_layers
+    results = []
+    if chosen is not None:
+        results.append((f"{metric_name} at {chosen.speed_up:.2f}x ({_policy(chosen.config_fields())})", chosen.score))
+    if layers in exit_scores:
+        results.append((f"{metric_name}, last exit", exit_scores[layers]))
+    data = ModelCardData(
+        model_name=name,
+        language=language,
+        license=license,
+        library_name="transformers",
+        pipeline_tag="text-classification",
+        base_model=_hub_id(base_model),
+        datasets=[dataset] if _hub_id(dataset) else None,
+        metrics=[metric_name] if metric_name else None,
+        tags=["gaml-bert", "early-exit"],
+        eval_results=[
+            EvalResult(
+                task_type="text-classification",
+                dataset_type=dataset,
+                dataset_name=f"{dataset} ({task})" if task else dataset,
+                dataset_config=task,
+                dataset_split=split,
+                metric_type=metric_name,
+                metric_name=label,
+                metric_value=score,
+            )
+            for label, score in results
+            if _hub_id(dataset)
+        ]
+        or None,
+    )
+    if data.eval_results is None:  # the name belongs to the results; alone it is not a field of the Hub
+        data.model_name = None
+    card = ModelCard.from_template(
+        data,
+        template_path=str(Path(__file__).with_name("model_card.md")),
+        name=name,
+        config=config,
+        requirement=next(name for name in requires("gaml_hf") if name.startswith("transformers")),
+        labels=[config.id2label[index] for index in sorted(config.id2label)],
+        start=base_model if _hub_id(base_model) else base_model and Path(base_model).name,
+        start_is_on_hub=_hub_id(base_model) is not None,
+        dataset=dataset if _hub_id(dataset) else dataset and Path(dataset).name,
+        task=task,
+        split=split,
+        metric_name=metric_name,
+        exits=[(m, layers / m, exit_scores.get(m)) for m in config.exit_layers],
+        has_scores=bool(exit_scores),
+        policy=_policy(_config_fields(config)),
+        points=[(_policy(p.config_fields()), p.score, p.speed_up) for p in sorted(points, key=lambda p: p.speed_up)],
+        chosen=chosen and (_policy(chosen.config_fields()), chosen.score, chosen.speed_up),
+        flops_speed_up=flops_speed_up if _measured(flops_speed_up) else None,
+        baseline=baseline,
+        training_arguments=_printable(training_arguments),
+        run=_printable(run),
+        command=command,
+        figures=[(figure, FIGURES[figure]) for figure in figures],
+    )
+    return str(card) + "\n"
+
+
+def _measured(*values: float | None) -> bool:
+    return all(value is not None and isfinite(value) for value in values)
+
+
+def _config_fields(config: GamlBertConfig) -> dict:
+    """The exit strategy of `config` and the one field that it reads."""
+    parameter = EXIT_POLICIES[config.exit_strategy].parameter
+    return {"exit_strategy": config.exit_strategy} | ({parameter: getattr(config, parameter)} if parameter else {})
+
+
+def _policy(fields: Mapping) -> str:
+    """How a card names a policy: as keyword arguments, which can be copied from there."""
+    return ", ".join(
+        f"{key}={json.dumps(value) if isinstance(value, str) else f'{value:.4g}'}" for key, value in fields.items()
+    )
+
+
+def _printable(values: Mapping | None) -> dict[str, str]:
+    """Cells of a Markdown table, without those that say nothing."""
+    return {key: str(value).replace("|", r"\|") for key, value in (values or {}).items() if value is not None}
+
+
+def _hub_id(name: str | None) -> str | None:
+    """`name` if it can be a repository on the Hub; the Hub refuses a card whose metadata name anything else."""
+    if name is None or os.path.exists(name):
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
+
+
+def push_checkpoint(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    token: str | None = None,
+) -> str:
+    """
+    Push a complete checkpoint to the Hub in one commit, so that no revision holds weights without their code.
+
+    Args:
+        folder (`str` or `os.PathLike`): the checkpoint; see [`check_checkpoint`]. Training state in it is not pushed.
+        repo_id (`str`): `user/name`; made if it is not there.
+        private (`bool`, *optional*, defaults to `False`): of a repository made here; an existing one stays as it is.
+        revision (`str`, *optional*): the branch, made if it is not there. Defaults to `main`.
+        commit_message (`str`, *optional*): defaults to `"Upload GAML-BERT checkpoint"`.
+        token (`str`, *optional*): defaults to the one saved by `hf auth login`.
+
+    Returns:
+        `str`: the address of the commit; it ends in the commit hash, which is what a user should pin.
+
+    Raises:
+        ValueError: the folder is not complete; nothing was pushed.
+    """
+    check_checkpoint(folder)
+    folder = Path(folder)
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None and not revision.startswith("refs/"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    names = _files(folder)
+    # Weights of an earlier push would be loaded in preference to shards of this one.
+    stale = [
+        name
+        for name in api.list_repo_files(repo_id, revision=revision)
+        if name not in names and "/" not in name and (name.endswith(".safetensors") or name == WEIGHTS_INDEX)
+    ]
+    # Not `upload_folder`: with Xet it commits a slow upload in parts.
+    commit = api.create_commit(
+        repo_id,
+        [CommitOperationAdd(name, folder / name) for name in names] + [CommitOperationDelete(name) for name in stale],
+        commit_message=commit_message or "Upload GAML-BERT checkpoint",
+        revision=revision,
+    )
+    return commit.commit_url
