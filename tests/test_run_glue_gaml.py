@@ -1,0 +1,264 @@
+"""`run_glue_gaml.py` from the command line's words to the folder it leaves, on a tiny BERT."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from pytest import approx, fixture, mark, raises
+from transformers import BertConfig, BertModel, pipeline
+
+import run_glue_gaml
+from gaml_hf import GamlBertForSequenceClassification
+from gaml_hf.hub import check_checkpoint
+
+
+GOOD, BAD = ["good", "great", "fine", "best", "funny"], ["bad", "awful", "dull", "sad", "worst"]
+
+
+def sentences(count: int, seed: int) -> list[dict]:
+    random = np.random.default_rng(seed)
+    rows = []
+    for _ in range(count):
+        label = int(random.integers(2))
+        noun, word = random.choice(["film", "story", "plot", "actor"]), random.choice([BAD, GOOD][label])
+        rows.append({"sentence": f"the {noun} is {word} .", "label": ["negative", "positive"][label], "grade": 1})
+    return rows
+
+
+def write_csv(path: Path, rows: list[dict]) -> str:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return str(path)
+
+
+@fixture
+def backbone(tmp_path, bert_kwargs, tokenizer) -> str:
+    folder = tmp_path / "backbone"
+    BertModel(BertConfig(**bert_kwargs)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@fixture
+def files(tmp_path) -> dict[str, str]:
+    return {
+        "train": write_csv(tmp_path / "train.csv", sentences(160, seed=1)),
+        "validation": write_csv(tmp_path / "validation.csv", sentences(40, seed=2)),
+        "test": write_csv(tmp_path / "test.csv", [{"sentence": row["sentence"]} for row in sentences(12, seed=3)]),
+    }
+
+
+@fixture
+def common(backbone, tmp_path) -> list[str]:
+    words = f"--model_name_or_path {backbone} --output_dir {tmp_path / 'out'} --use_cpu True --report_to none"
+    words += " --learning_rate 2e-3 --per_device_train_batch_size 16 --num_train_epochs 4 --logging_steps 2"
+    words += " --latency_rows 4 --disable_tqdm True --seed 7 --dataloader_pin_memory False"
+    return words.split()
+
+
+def with_files(files: dict[str, str], *splits: str) -> list[str]:
+    return [word for split in splits for word in (f"--{split}_file", files[split])]
+
+
+def test_train_evaluate_predict_and_use(common, files, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = [*common, *with_files(files, "train", "validation", "test"), "--holdout_fraction", "0.25"]
+    words += ["--num_train_epochs", "12", "--ga_mode", "hard"]
+    run = run_glue_gaml.main([*words, "--do_train", "--do_eval", "--do_predict", "--target_speed_up", "1", "4"])
+
+    assert run["rows"] == {"train": 120, "holdout": 40}
+    evaluation = run["evaluation"]["validation"]
+    assert evaluation["exits"][4]["accuracy"] > 0.9  # the labels can be read off one word
+    assert evaluation["exit_mean"] == approx(
+        np.mean([scores["combined_score"] for scores in evaluation["exits"].values()])
+    )
+    assert any("alignment/cos_angle" in entry for entry in run["log_history"])
+    # What a person reads, and what a program reads, are the same numbers.
+    printed = capsys.readouterr().out
+    assert "mean over exits" in printed
+    assert f"{evaluation['policy']['accuracy']:.4f}" in printed
+    results = json.loads((out / "eval_results.json").read_text())
+    assert results["eval_exit_4"] == evaluation["exits"][4]["combined_score"]
+    assert results["eval_speed_up"] == evaluation["policy"]["speed_up"]
+
+    check_checkpoint(out)
+    assert {"depth_score.png", "speed_score.png", "README.md", "run.json"} <= {path.name for path in out.iterdir()}
+    saved = GamlBertForSequenceClassification.from_pretrained(out)
+    assert saved.config.exit_strategy == "patience"
+    assert saved.config.patience == run["chosen"]["parameter"]
+
+    # The predictions are those of the pipeline on the same texts.
+    with (out / "predictions_test.tsv").open(encoding="utf-8") as file:
+        predictions = list(csv.DictReader(file, delimiter="\t"))
+    texts = [row["sentence"] for row in sentences(12, seed=3)]
+    answers = pipeline("text-classification", model=str(out), trust_remote_code=True, device="cpu")(texts)
+    assert [(row["prediction"], int(row["exit_layer"])) for row in predictions] == [
+        (answer["label"], answer["exit_layer"]) for answer in answers
+    ]
+
+    # Evaluated alone, from the folder: the same scores, with the policy that was saved.
+    again = run_glue_gaml.main(
+        [*common, "--model_name_or_path", str(out), *with_files(files, "validation"), "--do_eval"]
+        + ["--output_dir", str(tmp_path / "again")]
+    )
+    assert again["evaluation"]["validation"]["exits"] == evaluation["exits"]
+    assert again["evaluation"]["validation"]["policy"]["speed_up"] == evaluation["policy"]["speed_up"]
+
+
+def test_recipe_file_and_command_line_override(common, files, tmp_path):
+    recipe = {
+        "model_name_or_path": common[1],
+        "train_file": files["train"],
+        "validation_file": files["validation"],
+        "output_dir": str(tmp_path / "recipe-out"),
+        "distillation": [[4, 1], [4, 2]],
+        "exit_layers": [1, 2, 4],
+        "ga_mode": "hard",
+        "alpha": 0.3,
+        "target_speed_up": [1.5, 2.5],
+        "do_train": True,
+        "warmup_epochs": 1.5,
+    }
+    for name, text in (("recipe.json", json.dumps(recipe)), ("recipe.yaml", json.dumps(recipe, indent=1))):
+        path = tmp_path / name
+        path.write_text(text)
+        model, data, gaml, training = run_glue_gaml.parse_arguments([str(path), "--alpha", "0.5"])
+        assert gaml.config_fields() == {
+            "exit_layers": [1, 2, 4],
+            "distillation": [[4, 1], [4, 2]],
+            "ga_mode": "hard",
+            "alpha": 0.5,
+        }
+        assert gaml.target_speed_up == [1.5, 2.5]
+        assert (training.do_train, training.do_eval, training.warmup_epochs) == (True, False, 1.5)
+        assert data.train_file == files["train"]
+
+
+def test_plain_bert_and_warmup_epochs(common, files):
+    words = [*common, *with_files(files, "train", "validation"), "--do_train", "--do_eval", "--num_train_epochs", "1"]
+    words += "--exit_loss_weights last --distillation none --ga_mode none --exit_strategy none".split()
+    words += "--metric_for_best_model exit_4 --warmup_epochs 1.5 --gradient_accumulation_steps 2".split()
+    run = run_glue_gaml.main(words)
+    # 144 of 160 rows are trained on: 9 batches of 16, 5 optimizer steps in an epoch; 1.5 epochs are 8 steps (7.5).
+    assert run["training_arguments"]["warmup_steps"] == 8
+    assert run["evaluation"]["validation"]["policy"]["speed_up"] == 1
+    assert not any("alignment/cos_angle" in entry for entry in run["log_history"])
+
+
+def test_resume_continues_bit_for_bit(common, files, tmp_path):
+    words = [*common, *with_files(files, "train", "validation"), "--do_train", "--save_total_limit", "5"]
+    words += ["--early_stopping_patience", "0", "--load_best_model_at_end", "False"]
+    run_glue_gaml.main(words)
+    whole = GamlBertForSequenceClassification.from_pretrained(tmp_path / "out").state_dict()
+    steps = sorted(int(path.name.split("-")[1]) for path in (tmp_path / "out").glob("checkpoint-*"))
+    with raises(ValueError, match="already holds a training run"):
+        run_glue_gaml.main(words)
+    checkpoint = str(tmp_path / "out" / f"checkpoint-{steps[1]}")
+    run_glue_gaml.main([*words, "--output_dir", str(tmp_path / "resumed"), "--resume_from_checkpoint", checkpoint])
+    resumed = GamlBertForSequenceClassification.from_pretrained(tmp_path / "resumed").state_dict()
+    assert all((whole[key] == resumed[key]).all() for key in whole)
+
+
+@mark.parametrize("suffix", ["json", "parquet"])
+def test_other_formats_pairs_and_many_classes(common, tmp_path, suffix):
+    rows = pd.DataFrame(
+        {"premise": ["the film is good ."] * 30, "hypothesis": ["it is bad .", "we are in it .", "good !"] * 10}
+    ).assign(label=[2, 5, 9] * 10)
+    path = tmp_path / f"rows.{suffix}"
+    if suffix == "parquet":
+        rows.to_parquet(path)
+    else:
+        rows.to_json(path, orient="records", lines=True)
+    words = [*common, "--train_file", str(path), "--validation_file", str(path), "--do_train", "--do_eval"]
+    run = run_glue_gaml.main([*words, "--num_train_epochs", "1", "--exit_strategy", "entropy"])
+    assert run["config"]["id2label"] == {0: "2", 1: "5", 2: "9"}
+    assert run["config"]["exit_strategy"] == "entropy"
+    assert run["data_arguments"]["text_columns"] is None  # both text columns were found
+
+
+def test_glue_task_from_a_local_folder(common, glue_folder):
+    words = [*common, "--dataset_name", str(glue_folder / "mrpc"), "--task_name", "MRPC", "--do_eval", "--do_predict"]
+    words += "--max_eval_samples 20 --max_train_samples 40 --max_predict_samples 10 --exit_strategy budgeted".split()
+    run = run_glue_gaml.main([*words, "--target_speed_up", "1.9", "2.1"])
+    assert run["chosen"]["parameter"] == 2  # of 4 layers
+    assert run["evaluation"]["validation"]["policy"]["speed_up"] == 2
+    assert run["config"]["id2label"] == {0: "not_equivalent", 1: "equivalent"}
+    submission = (Path(run["training_arguments"]["output_dir"]) / "MRPC.tsv").read_text().splitlines()
+    assert submission[0] == "index\tprediction"
+    assert len(submission) == 11
+    assert {line.split("\t")[1] for line in submission[1:]} <= {"0", "1"}
+
+
+BROKEN_ROWS = [
+    ([{"sentence": "good", "label": "a"}, {"sentence": "", "label": "b"}], "Row 1 of the train split, column 'sent"),
+    ([{"sentence": "good", "label": 0.5}, {"sentence": "bad", "label": 1.0}], "fractions"),
+    ([{"sentence": "good", "label": "a"}, {"sentence": "bad", "label": ""}], "Row 1 of the data has no label"),
+    ([{"sentence": "good", "label": "a"}, {"sentence": "bad", "label": "a"}], "at least two classes"),
+    ([{"sentence": "good", "grade": 1}], "`label_column` must be one of"),
+    ([{"one": "x", "two": "y", "three": "z", "label": "a"}], "`text_columns` must name one or two columns"),
+    ([{"number": 1, "label": "a"}], "`text_columns` must name one or two columns"),
+]
+
+
+@mark.parametrize(("rows", "sentence"), BROKEN_ROWS, ids=[sentence for _, sentence in BROKEN_ROWS])
+def test_broken_rows_are_found_before_training(common, files, tmp_path, rows, sentence):
+    train = write_csv(tmp_path / "broken.csv", rows)
+    with raises(ValueError, match=sentence):
+        run_glue_gaml.main([*common, "--train_file", train, "--do_train"])
+
+
+def test_unknown_label_in_the_validation_rows(common, files, tmp_path):
+    rows = [*sentences(3, seed=4), {"sentence": "the film is so so .", "label": "neutral", "grade": 1}]
+    words = [*common, "--train_file", files["train"], "--validation_file", write_csv(tmp_path / "new.csv", rows)]
+    with raises(ValueError, match=r"Row 3 of the validation split, column 'label', must be one of .* Got 'neutral'"):
+        run_glue_gaml.main([*words, "--do_train", "--do_eval"])
+
+
+def test_a_lone_surrogate_is_found(common, tmp_path):
+    path = tmp_path / "rows.json"
+    rows = [{"sentence": "good", "label": 0}, {"sentence": "bad \ud800", "label": 1}]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    with raises(ValueError, match="`train_file` could not be read, .*surrogate.* in row 1"):
+        run_glue_gaml.main([*common, "--train_file", str(path), "--do_train"])
+
+
+@mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("--task_name stsb", "`task_name` must be one of"),
+        ("", "Give `task_name`, `dataset_name`"),
+        ("--train_file nowhere.csv", "`train_file` must be a file"),
+        ("--train_file rows.txt", "`train_file` must end in"),
+        ("--task_name sst2 --max_train_samples 0", "`max_train_samples` must be at least 1"),
+        ("--task_name sst2 --target_speed_up 2 1", "`target_speed_up` must be a range"),
+        ("--task_name sst2 --holdout_fraction 1.5", "`holdout_fraction` must lie in"),
+    ],
+)
+def test_wrong_arguments(common, words, sentence):
+    with raises(ValueError, match=sentence):
+        run_glue_gaml.main([*common, *words.split()])
+
+
+def test_a_policy_cannot_be_chosen_without_rows(common, files):
+    words = [*common, *with_files(files, "train", "validation"), "--do_train", "--holdout_fraction", "0"]
+    with raises(ValueError, match="needs its parameter, or training rows set aside"):
+        run_glue_gaml.main(words)
+
+
+def test_missing_splits(common, files):
+    with raises(ValueError, match=r"must have the splits \['test', 'train'\]"):
+        run_glue_gaml.main([*common, *with_files(files, "train", "validation"), "--do_train", "--do_predict"])
+
+
+def test_a_model_trained_for_other_classes(common, files, tmp_path):
+    words = [*common, *with_files(files, "train"), "--do_train", "--num_train_epochs", "1", "--patience", "2"]
+    run_glue_gaml.main(words)
+    other = write_csv(tmp_path / "other.csv", [{"sentence": "good", "label": "x"}, {"sentence": "bad", "label": "y"}])
+    with raises(ValueError, match=r"was trained for the classes \['negative', 'positive'\]"):
+        run_glue_gaml.main(
+            [*common, "--model_name_or_path", str(tmp_path / "out"), "--validation_file", other, "--do_eval"]
+        )
