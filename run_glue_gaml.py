@@ -58,7 +58,7 @@ from gaml_hf.evaluation import (
 )
 from gaml_hf.exiting_gaml import EXIT_POLICIES
 from gaml_hf.glue import GLUE_TASKS, GlueMetric, get_task, selection_score
-from gaml_hf.hub import push_checkpoint, save_checkpoint
+from gaml_hf.hub import TOLD_ARGUMENTS, TOLD_FIELDS, push_checkpoint, save_checkpoint
 
 
 logger = logging.getLogger(__name__)
@@ -377,7 +377,6 @@ def policy_line(name: str, point: dict) -> str:
 
 def main(argv: list[str] | None = None) -> dict:
     model_args, data_args, gaml_args, training_args = parse_arguments(sys.argv[1:] if argv is None else argv)
-    push_to_hub, training_args.push_to_hub = training_args.push_to_hub, False  # once, whole, at the end
     output_dir = Path(training_args.output_dir)
 
     logging.basicConfig(
@@ -588,12 +587,13 @@ def main(argv: list[str] | None = None) -> dict:
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "run.json").write_text(json.dumps(run, indent=2, default=str) + "\n", encoding="utf-8")
         if training_args.do_train or chosen is not None or gaml_args.calibrate_exits:
-            save_checkpoint(model, tokenizer, output_dir, card=card_values(run, data_args, model_args, main_metric))
-        if push_to_hub:
+            card = card_values(run, data_args, model_args, main_metric)
+            save_checkpoint(model, tokenizer, output_dir, card={"model_name": trainer.hub_model_id} | card)
+        if training_args.push_to_hub:
             url = push_checkpoint(
                 output_dir,
-                training_args.hub_model_id or output_dir.resolve().name,
-                private=bool(training_args.hub_private_repo),
+                trainer.hub_model_id,
+                private=training_args.hub_private_repo,
                 revision=training_args.hub_revision,
                 token=training_args.hub_token,
             )
@@ -681,17 +681,6 @@ def write_predictions(path: Path, logits: np.ndarray, exit_layer: np.ndarray, la
 def card_values(run: dict, data_args: DataTrainingArguments, model_args: ModelArguments, main_metric: str) -> dict:
     """What the model card tells, out of what was measured here; see [`gaml_hf.hub.render_card`]."""
     config, arguments = run["config"], run["training_arguments"]
-    told = ("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "num_train_epochs")
-    told += ("warmup_steps", "weight_decay", "max_grad_norm", "optim", "fp16", "bf16")
-    exits = (
-        "exit_loss_weights",
-        "distillation",
-        "kd_reduction",
-        "kd_temperature",
-        "alpha",
-        "ga_mode",
-        "ga_granularity",
-    )
     card = {
         "base_model": model_args.model_name_or_path,
         "dataset": data_args.dataset_name or ("nyu-mll/glue" if data_args.task_name else data_args.train_file),
@@ -701,7 +690,8 @@ def card_values(run: dict, data_args: DataTrainingArguments, model_args: ModelAr
         "command": run["command"],
     }
     if "train_metrics" in run:
-        card["training_arguments"] = {key: arguments[key] for key in told} | {key: config[key] for key in exits}
+        card["training_arguments"] = {key: arguments[key] for key in TOLD_ARGUMENTS}
+        card["training_arguments"] |= {key: config[key] for key in TOLD_FIELDS}
         card |= {"seed": arguments["seed"], "date": run["date"], "hardware": run["hardware"]}
     if "evaluation" in run:
         split, evaluation = next(iter(run["evaluation"].items()))

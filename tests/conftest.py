@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -22,7 +23,10 @@ os.environ |= {
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from huggingface_hub import constants  # noqa: E402
 from transformers import BertTokenizer  # noqa: E402
+
+from hub_server import HubServer  # noqa: E402
 
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"  # beside the repository; never part of it
@@ -63,6 +67,27 @@ def bert_kwargs() -> dict[str, int]:
         "intermediate_size": 64,
         "max_position_embeddings": 64,
     }
+
+
+@pytest.fixture
+def hub_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """An empty Hub of one's own, to which this process is logged in; a subprocess gets there by `hub_environment`."""
+    server = HubServer()
+    changes = {
+        "ENDPOINT": server.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,
+    }
+    for name, value in changes.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setenv("HF_TOKEN", "hf_write")
+    yield server
+    server.close()
+
+
+def hub_environment(server: HubServer, **more: str) -> dict[str, str]:
+    return {"HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", **more}
 
 
 def _shared_folder(name: str) -> Path:

@@ -1,7 +1,5 @@
 """A checkpoint folder must work where gaml_hf is not: saved, checked, pushed, loaded by strangers, saved again."""
 
-import base64
-import hashlib
 import json
 import os
 import re
@@ -9,15 +7,14 @@ import shutil
 import stat
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qs, unquote, urlsplit
 
+import httpx2
 import pytest
 import torch
 import transformers.modeling_utils
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import ModelCard, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from pytest import mark, raises
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -30,6 +27,7 @@ from transformers import (
     pipeline,
 )
 
+from conftest import hub_environment
 from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification, GamlTextClassificationPipeline, hub
 from gaml_hf.evaluation import OperatingPoint
 from gaml_hf.hub import check_checkpoint, push_checkpoint, render_card, save_checkpoint
@@ -80,6 +78,10 @@ for load in json.loads(sys.argv[1]):
         model.save_pretrained(load["save_model"])
         tokenizer.save_pretrained(load["save_model"])
         pipe.save_pretrained(load["save_pipeline"])
+    if "push_model" in load:
+        model.push_to_hub(load["push_model"])
+        tokenizer.push_to_hub(load["push_model"])
+        pipe.push_to_hub(load["push_pipeline"])
 for name in "config", "modeling", "pipeline":
     assert not any(module.split(".")[0] == "gaml_hf" for module in sys.modules)
 print(json.dumps(told))
@@ -531,169 +533,134 @@ def test_the_handler_keeps_the_contract_of_inference_endpoints(folder, model, to
 # Away from the package
 
 
-class FakeHub(BaseHTTPRequestHandler):
-    """The few calls of the Hub that a push and a download make. `commits[repo]` is a list of `{path: bytes}`."""
-
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args):
-        pass
-
-    def answer(self, status=200, body=b"", headers=None):
-        body = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.send_response(status)
-        for name, value in ({"Content-Length": str(len(body))} | (headers or {})).items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def missing(self, what, **headers):
-        self.answer(404, {"error": what}, {"X-Error-Code": what, **headers})
-
-    def files(self, repo, revision) -> tuple[str, dict] | None:
-        commits = self.server.commits.get(repo, [])
-        hashes = [hashlib.sha1(f"{repo} {number}".encode()).hexdigest() for number in range(len(commits))]
-        if revision in ("main", *self.server.branches) and commits:  # all branches are one here
-            revision = hashes[-1]
-        return (revision, commits[hashes.index(revision)]) if revision in hashes else None
-
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"] or 0))
-        path = unquote(urlsplit(self.path).path)
-        self.server.requests.append(path)
-        if path == "/api/repos/create":
-            asked = json.loads(body)
-            repo = f"{asked.get('organization') or 'me'}/{asked['name']}"
-            status = 409 if repo in self.server.commits else 200
-            self.server.commits.setdefault(repo, [])
-            self.server.private[repo] = asked.get("private") or asked.get("visibility") == "private"
-            return self.answer(status, {"url": f"{self.server.url}/{repo}"})
-        if path == "/api/validate-yaml":
-            return self.answer(200, {"errors": [], "warnings": []})
-        _, _, _, user, name, action, _ = path.split("/", 6)
-        repo = f"{user}/{name}"
-        if action == "preupload":
-            files = [
-                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
-                for file in json.loads(body)["files"]
-            ]
-            return self.answer(200, {"files": files})
-        if action == "branch":
-            self.server.branches.append(path.split("/branch/")[1])
-            return self.answer(200, {})
-        assert action == "commit", path
-        self.server.messages.append(json.loads(body.splitlines()[0])["value"]["summary"])
-        commits = self.server.commits[repo]
-        files = dict(commits[-1]) if commits else {}
-        for line in map(json.loads, body.splitlines()):
-            if line["key"] == "file":
-                files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-            elif line["key"] == "deletedFile":
-                del files[line["value"]["path"]]
-        commits.append(files)
-        sha, _ = self.files(repo, "main")
-        return self.answer(200, {"commitOid": sha, "commitUrl": f"{self.server.url}/{repo}/commit/{sha}"})
-
-    def do_GET(self):
-        url = urlsplit(self.path)
-        parts = unquote(url.path).strip("/").split("/")
-        if parts[:2] == ["api", "models"]:
-            repo, rest = "/".join(parts[2:4]), parts[4:]
-            found = self.files(repo, rest[1] if rest else "main")
-            if found is None:
-                return (
-                    self.answer(200, []) if rest[:1] == ["tree"] and not rest[2:] else self.missing("RevisionNotFound")
-                )
-            sha, files = found
-            if rest[:1] == ["tree"]:
-                if rest[2:]:  # a folder; there are none
-                    return self.missing("EntryNotFound")
-                recursive = "recursive" in parse_qs(url.query)
-                return self.answer(
-                    200,
-                    [
-                        {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
-                        for path, content in files.items()
-                        if recursive or "/" not in path
-                    ],
-                )
-            siblings = [{"rfilename": path} for path in files]
-            return self.answer(200, {"id": repo, "modelId": repo, "sha": sha, "siblings": siblings, "tags": []})
-        repo, (_, revision, *path) = "/".join(parts[:2]), parts[2:]
-        found = self.files(repo, revision)
-        if found is None:
-            return self.missing("RevisionNotFound")
-        sha, files = found
-        content = files.get("/".join(path))
-        if content is None:
-            return self.missing("EntryNotFound", **{"X-Repo-Commit": sha})
-        etag = hashlib.sha1(content).hexdigest()
-        return self.answer(200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": sha})
-
-    do_HEAD = do_GET
-
-
-@pytest.fixture
-def fake_hub(monkeypatch):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
-    server.url = f"http://127.0.0.1:{server.server_address[1]}"
-    server.commits, server.private, server.branches, server.messages, server.requests = {}, {}, [], [], []
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
-
-
-def test_a_push_is_one_commit_without_training_state(folder, fake_hub):
+def test_a_push_is_one_commit_without_training_state(folder, hub_server):
     (folder / "eval_results.json").write_text("{}")
     sent = {path.name for path in folder.iterdir()}
     for name in ("checkpoint-3/model.safetensors", "checkpoint-3/optimizer.pt", "training_args.bin", "runs/events"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).touch()
-    url = push_checkpoint(folder, "me/mine", private=True, token="hf_secret")
-    (files,) = fake_hub.commits["me/mine"]
-    assert files.keys() == sent
+    commit = push_checkpoint(folder, "me/mine", private=True)
+    files = hub_server.files("me/mine")
+    assert files.keys() == sent | {".gitattributes"}  # which the Hub puts into a new repository
     assert {"model.safetensors", "README.md", "handler.py", "eval_results.json", *CODE} <= files.keys()
-    for name, content in files.items():
-        assert (folder / name).read_bytes() == content
-    assert fake_hub.private == {"me/mine": True}
-    assert url.startswith(f"{fake_hub.url}/me/mine/commit/")
-    assert len(url.rsplit("/", 1)[1]) == 40
+    for name in sent - {"README.md"}:
+        assert (folder / name).read_bytes() == files[name]
+    assert hub_server.repo("me/mine").private
+    assert commit == f"{hub_server.url}/me/mine/commit/{commit.oid}"
+    assert hub_server.history("me/mine") == ["initial commit", "Upload GAML-BERT checkpoint"]
+    assert hub_server.repo("me/mine").branches == {"main": commit.oid}
 
 
-def test_a_push_takes_stale_weights_away(folder, model, fake_hub):
-    push_checkpoint(folder, "me/mine", token="hf_secret")
-    fake_hub.commits["me/mine"][-1]["notes.md"] = b"kept"
+def test_a_push_names_the_repository_in_the_card(folder, hub_server):
+    assert "# checkpoint\n" in (folder / "README.md").read_text()  # saved before it had a name
+    push_checkpoint(folder, "me/mine")
+    card = hub_server.files("me/mine")["README.md"].decode()
+    assert "# me/mine\n" in card
+    assert card.count('"me/mine"') == 3
+    assert '"checkpoint"' not in card
+    (folder / "README.md").write_text('# A film judge\n"A film judge"')  # written by hand
+    push_checkpoint(folder, "me/mine")
+    assert hub_server.files("me/mine")["README.md"] == b'# A film judge\n"A film judge"'
+
+
+def test_a_push_takes_stale_weights_away(folder, model, hub_server):
+    push_checkpoint(folder, "me/mine")
+    hub_server.files("me/mine")["notes.md"] = b"kept"
     model.save_pretrained(folder, max_shard_size="20KB")
     (folder / "model.safetensors").unlink()
-    push_checkpoint(folder, "me/mine", token="hf_secret")
-    files = fake_hub.commits["me/mine"][-1]
+    push_checkpoint(folder, "me/mine")
+    files = hub_server.files("me/mine")
     assert "model.safetensors" not in files  # would be loaded in preference to the shards
     assert "model.safetensors.index.json" in files
     assert "notes.md" in files
 
 
-def test_a_push_to_a_branch(folder, fake_hub):
-    push_checkpoint(folder, "me/mine", token="hf_secret")
-    push_checkpoint(folder, "me/mine", revision="dev", commit_message="Try patience 1", token="hf_secret")
-    assert fake_hub.branches == ["dev"]
-    assert [path for path in fake_hub.requests if "/commit/" in path] == [
-        "/api/models/me/mine/commit/main",
-        "/api/models/me/mine/commit/dev",
-    ]
-    assert fake_hub.messages == ["Upload GAML-BERT checkpoint", "Try patience 1"]
+def test_a_push_to_a_branch(folder, hub_server):
+    first = push_checkpoint(folder, "me/mine")
+    second = push_checkpoint(folder, "me/mine", revision="dev", commit_message="Try patience 1")
+    assert hub_server.repo("me/mine").branches == {"main": first.oid, "dev": second.oid}
+    assert hub_server.history("me/mine") == ["initial commit", "Upload GAML-BERT checkpoint", "Try patience 1"]
 
 
-def test_an_incomplete_folder_is_not_pushed(folder, fake_hub):
+def test_an_incomplete_folder_is_not_pushed(folder, hub_server):
     lose("losses_gaml.py")(folder)
     with raises(ValueError, match="`losses_gaml.py` is missing"):
-        push_checkpoint(folder, "me/mine", token="hf_secret")
-    assert fake_hub.requests == []
+        push_checkpoint(folder, "me/mine")
+    assert hub_server.requests == []
+
+
+@mark.parametrize(
+    ("token", "status"), [("hf_wrong", 401), ("hf_read", 403), ("hf_other", 403)], ids=["wrong", "read", "another's"]
+)
+def test_a_push_with_the_wrong_token_is_refused(folder, hub_server, token, status):
+    before = push_checkpoint(folder, "me/mine")
+    with raises(HfHubHTTPError) as error:
+        push_checkpoint(folder, "me/mine", token=token)
+    assert error.value.response.status_code == status
+    assert hub_server.repo("me/mine").branches == {"main": before.oid}
+
+
+def test_a_private_repository_shows_itself_to_its_owner_alone(folder, hub_server, tmp_path):
+    push_checkpoint(folder, "me/mine", private=True)
+    for token in ("hf_wrong", "hf_other", False):
+        with raises(HfHubHTTPError) as error:
+            snapshot_download("me/mine", cache_dir=tmp_path / str(token), token=token)
+        assert error.value.response.status_code == (404 if token == "hf_other" else 401)
+    check_checkpoint(snapshot_download("me/mine", cache_dir=tmp_path / "cache", token="hf_read"))
+
+
+@mark.parametrize("where", ["lfs", "commit"])
+def test_an_interrupted_push_leaves_the_last_complete_state(folder, model, tokenizer, hub_server, tmp_path, where):
+    expected = logits_of(model, tokenizer)
+    push_checkpoint(folder, "me/mine")
+    before = hub_server.files("me/mine")
+    with torch.no_grad():
+        model.exit_classifiers["4"].weight.neg_()
+    newer = save_checkpoint(model, tokenizer, tmp_path / "newer")
+    hub_server.broken.add(where)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # between the client's tries
+        with raises((RuntimeError, OSError, httpx2.TransportError)):
+            push_checkpoint(newer, "me/mine")
+    assert hub_server.files("me/mine") == before
+    loaded = snapshot_download("me/mine", cache_dir=tmp_path / "cache-1")
+    check_checkpoint(loaded)
+    assert_close(logits_of(AutoModel.from_pretrained(loaded), tokenizer), expected, rtol=0, atol=0)
+
+    hub_server.broken.clear()
+    push_checkpoint(newer, "me/mine")  # tried again, it goes through
+    loaded = AutoModel.from_pretrained(snapshot_download("me/mine", cache_dir=tmp_path / "cache-2"))
+    assert_close(logits_of(loaded, tokenizer), logits_of(model, tokenizer), rtol=0, atol=0)
+
+
+def test_pushing_the_model_alone(model, tokenizer, hub_server):
+    """Not complete, for there is no tokenizer, but code and weights are one commit, and the rest can follow."""
+    model.push_to_hub("me/mine", private=True, commit_message="The model")
+    code = CODE | {"handler.py"}
+    assert hub_server.files("me/mine").keys() == code | {
+        ".gitattributes",
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    }
+    tokenizer.push_to_hub("me/mine", commit_message="The tokenizer")
+    assert hub_server.history("me/mine") == ["initial commit", "The model", "The tokenizer"]
+    assert hub_server.repo("me/mine").private
+    assert {"tokenizer.json", "tokenizer_config.json", *code} <= hub_server.files("me/mine").keys()
+
+
+def test_pushing_the_model_over_a_complete_repository_keeps_the_rest(folder, model, hub_server, tmp_path):
+    push_checkpoint(folder, "me/mine")
+    before = hub_server.files("me/mine")
+    with torch.no_grad():
+        model.exit_classifiers["4"].weight.neg_()
+    model.push_to_hub("me/mine")
+    after = hub_server.files("me/mine")
+    assert {name for name in after if after[name] != before.get(name)} == {"model.safetensors"}
+    check_checkpoint(snapshot_download("me/mine", cache_dir=tmp_path / "cache"))
+
+
+UPLOADS = "ignore:Use 'content=<...>' to upload raw bytes/text content:DeprecationWarning"  # see pyproject.toml
 
 
 def stranger(loads: list[dict], home: Path, **env: str) -> dict:
@@ -701,7 +668,7 @@ def stranger(loads: list[dict], home: Path, **env: str) -> dict:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     environment |= {"HF_HOME": str(home), "HF_MODULES_CACHE": str(home / "modules"), **env}
     done = subprocess.run(
-        [sys.executable, "-I", "-W", "error", "-c", STRANGER, json.dumps(loads)],
+        [sys.executable, "-I", "-W", "error", "-W", UPLOADS, "-c", STRANGER, json.dumps(loads)],
         env=environment,
         capture_output=True,
         text=True,
@@ -711,8 +678,11 @@ def stranger(loads: list[dict], home: Path, **env: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_the_round_trip(folder, model, tokenizer, tmp_path, fake_hub):
-    """Save, push, load without the package from folder and Hub, save there, load again: always the same answers."""
+def test_the_round_trip(folder, model, tokenizer, tmp_path, hub_server):
+    """
+    Save, push, load without the package from folder and Hub, save and push from there, load again: always the same
+    answers.
+    """
     out = model(**tokenizer(TEXTS, padding=True, return_tensors="pt"))
     assert len(set(out.exit_layer.tolist())) > 1  # else equal exits would say nothing
     ours = GamlTextClassificationPipeline(model=model, tokenizer=tokenizer)
@@ -724,34 +694,36 @@ def test_the_round_trip(folder, model, tokenizer, tmp_path, fake_hub):
     }
     assert [row["exit_layer"] for row in expected["pipeline"]] == out.exit_layer.tolist()
 
-    pinned = push_checkpoint(folder, "me/mine", token="hf_secret").rsplit("/", 1)[1]
+    pinned = push_checkpoint(folder, "me/mine").oid
     with torch.no_grad():
         for classifier in model.exit_classifiers.values():
             classifier.weight.neg_()
-    push_checkpoint(save_checkpoint(model, tokenizer, tmp_path / "newer"), "me/mine", token="hf_secret")
+    push_checkpoint(save_checkpoint(model, tokenizer, tmp_path / "newer"), "me/mine")
 
     again = {"save_model": str(tmp_path / "again-model"), "save_pipeline": str(tmp_path / "again-pipeline")}
+    pushed = {"push_model": "me/again-model", "push_pipeline": "me/again-pipeline"}
     told = stranger(
         [
             {"key": "folder", "name": str(folder), "texts": TEXTS} | again,
-            {"key": "hub", "name": "me/mine", "texts": TEXTS, "kwargs": {"revision": pinned}},
+            {"key": "hub", "name": "me/mine", "texts": TEXTS, "kwargs": {"revision": pinned}} | pushed,
         ],
         tmp_path / "home-1",
-        HF_ENDPOINT=fake_hub.url,
-        HF_HUB_OFFLINE="0",
+        **hub_environment(hub_server),
     )
     shutil.rmtree(folder)
     for path in again.values():
         check_checkpoint(path)
-        assert {file.name for file in Path(path).glob("*.py")} == CODE
+        assert {file.name for file in Path(path).glob("*.py")} == CODE | {"handler.py"}
+    for repo in pushed.values():
+        assert CODE | {"handler.py", "model.safetensors", "tokenizer.json"} <= hub_server.files(repo).keys()
+        assert not any(name.endswith(hub.PICKLES) for name in hub_server.files(repo))
+    del hub_server.repos["model", "me/mine"]  # nothing may hang on it
     told |= stranger(
-        [
-            {"key": "again-model", "name": again["save_model"], "texts": TEXTS},
-            {"key": "again-pipeline", "name": again["save_pipeline"], "texts": TEXTS},
-        ],
+        [{"key": name, "name": name, "texts": TEXTS} for name in (*again.values(), *pushed.values())],
         tmp_path / "home-2",
+        **hub_environment(hub_server),
     )
-    assert told.keys() == {"folder", "hub", "again-model", "again-pipeline"}
+    assert len(told) == 6
     for answer in told.values():
         for logits, exit_layer in answer.pop("models"):
             assert exit_layer == out.exit_layer.tolist()

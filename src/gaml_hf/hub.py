@@ -4,6 +4,7 @@ A checkpoint folder that a stranger can load: saving it whole, checking it, its 
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from importlib.metadata import requires
@@ -12,7 +13,15 @@ from pathlib import Path
 from uuid import uuid4
 
 import torch
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    EvalResult,
+    HfApi,
+    ModelCard,
+    ModelCardData,
+)
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from safetensors import SafetensorError, safe_open
@@ -44,6 +53,29 @@ TRAINING_STATE = (
 )
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+# What a card tells of a training: fields of TrainingArguments and of the config.
+TOLD_ARGUMENTS = (
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "num_train_epochs",
+    "max_steps",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "optim",
+    "fp16",
+    "bf16",
+)
+TOLD_FIELDS = (
+    "exit_loss_weights",
+    "distillation",
+    "kd_reduction",
+    "kd_temperature",
+    "alpha",
+    "ga_mode",
+    "ga_granularity",
+)
 # Drawn by `plots.py`; shown in the card when they lie in the folder.
 FIGURES = {
     "depth_score.png": "Score of each exit against its depth",
@@ -89,10 +121,10 @@ def save_checkpoint(model, tokenizer, folder: str | os.PathLike, *, card: Mappin
         model.save_pretrained(stage)
         tokenizer.save_pretrained(stage)
         _forget_last_call(stage / "tokenizer.json")
-        shutil.copyfile(Path(__file__).with_name("handler.py"), stage / "handler.py")
         if card is not None or not (folder / "README.md").exists():
             figures = [name for name in FIGURES if (folder / name).exists()]
-            text = render_card(model.config, **({"model_name": folder.name, "figures": figures} | dict(card or {})))
+            values = {"figures": figures} | dict(card or {})
+            text = render_card(model.config, **values | {"model_name": values.get("model_name") or folder.name})
             (stage / "README.md").write_text(text, encoding="utf-8")
         # safetensors writes 0600, which a server run by another user cannot read; config.json has the umask's mode.
         mode = (stage / "config.json").stat().st_mode
@@ -431,24 +463,28 @@ def push_checkpoint(
     folder: str | os.PathLike,
     repo_id: str,
     *,
-    private: bool = False,
+    private: bool | None = None,
     revision: str | None = None,
     commit_message: str | None = None,
     token: str | None = None,
-) -> str:
+) -> CommitInfo:
     """
     Push a complete checkpoint to the Hub in one commit, so that no revision holds weights without their code.
+
+    Either the commit is there, whole, or the push raised and the repository is as it was: what an interrupted push had
+    uploaded belongs to no revision.
 
     Args:
         folder (`str` or `os.PathLike`): the checkpoint; see [`check_checkpoint`]. Training state in it is not pushed.
         repo_id (`str`): `user/name`; made if it is not there.
-        private (`bool`, *optional*, defaults to `False`): of a repository made here; an existing one stays as it is.
+        private (`bool`, *optional*):
+            Of a repository made here; an existing one stays as it is. Defaults to what its owner set, mostly public.
         revision (`str`, *optional*): the branch, made if it is not there. Defaults to `main`.
         commit_message (`str`, *optional*): defaults to `"Upload GAML-BERT checkpoint"`.
         token (`str`, *optional*): defaults to the one saved by `hf auth login`.
 
     Returns:
-        `str`: the address of the commit; it ends in the commit hash, which is what a user should pin.
+        `CommitInfo`: of the commit. Its `oid` is the hash that a user should pin; as a `str` it is the address.
 
     Raises:
         ValueError: the folder is not complete; nothing was pushed.
@@ -456,9 +492,7 @@ def push_checkpoint(
     check_checkpoint(folder)
     folder = Path(folder)
     api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if revision is not None and not revision.startswith("refs/"):
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    repo_id = _open_repo(api, repo_id, private=private, revision=revision)
     names = _files(folder)
     # Weights of an earlier push would be loaded in preference to shards of this one.
     stale = [
@@ -467,10 +501,29 @@ def push_checkpoint(
         if name not in names and "/" not in name and (name.endswith(".safetensors") or name == WEIGHTS_INDEX)
     ]
     # Not `upload_folder`: with Xet it commits a slow upload in parts.
-    commit = api.create_commit(
+    added = {name: CommitOperationAdd(name, folder / name) for name in names}
+    if "README.md" in added:
+        card = _named((folder / "README.md").read_text(encoding="utf-8"), repo_id)
+        added["README.md"] = CommitOperationAdd("README.md", card.encode())
+    return api.create_commit(
         repo_id,
-        [CommitOperationAdd(name, folder / name) for name in names] + [CommitOperationDelete(name) for name in stale],
+        [*added.values(), *map(CommitOperationDelete, stale)],
         commit_message=commit_message or "Upload GAML-BERT checkpoint",
         revision=revision,
     )
-    return commit.commit_url
+
+
+def _named(card: str, repo_id: str) -> str:
+    """A card whose title is no Hub id, as of a model saved before it had one, with `repo_id` there and in its code."""
+    title = re.search(r"^# (\S+)$", card, flags=re.MULTILINE)
+    if title is None or "/" in title[1]:
+        return card
+    return card.replace(title[0], f"# {repo_id}", 1).replace(f'"{title[1]}"', f'"{repo_id}"')
+
+
+def _open_repo(api: HfApi, repo_id: str, *, private: bool | None, revision: str | None, **kwargs) -> str:
+    """Make repository and branch where they are not there; returns the full id, `user/name`."""
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True, **kwargs).repo_id
+    if revision is not None and not revision.startswith("refs/"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True, repo_type=kwargs.get("repo_type"))
+    return repo_id

@@ -14,9 +14,11 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_gaml_bert import GamlBertConfig
 from .exiting_gaml import ExitPolicy, policy_from_config
-from .losses_gaml import cross_entropy_loss, distillation_loss, distillation_pairs, exit_weights, total_loss
 
-# Not used here: a save copies only the files that this one imports, and the config names this pipeline.
+# Not used here: a save copies only the files that this one imports. Inference Endpoints look for the handler, and the
+# config names the pipeline.
+from .handler import EndpointHandler  # noqa: F401
+from .losses_gaml import cross_entropy_loss, distillation_loss, distillation_pairs, exit_weights, total_loss
 from .pipeline_gaml import GamlTextClassificationPipeline  # noqa: F401
 
 
