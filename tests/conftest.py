@@ -23,6 +23,7 @@ os.environ |= {
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import transformers.utils.hub  # noqa: E402
 from huggingface_hub import constants  # noqa: E402
 from transformers import BertTokenizer  # noqa: E402
 
@@ -81,6 +82,7 @@ def hub_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     }
     for name, value in changes.items():
         monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)  # a client kept, with its address
     monkeypatch.setenv("HF_TOKEN", "hf_write")
     yield server
     server.close()

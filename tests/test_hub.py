@@ -1,6 +1,7 @@
 """A checkpoint folder must work where gaml_hf is not: saved, checked, pushed, loaded by strangers, saved again."""
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -24,11 +25,12 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     TextClassificationPipeline,
+    TrainingArguments,
     pipeline,
 )
 
 from conftest import hub_environment
-from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification, GamlTextClassificationPipeline, hub
+from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification, GamlTextClassificationPipeline, GamlTrainer, hub
 from gaml_hf.evaluation import OperatingPoint
 from gaml_hf.hub import check_checkpoint, push_checkpoint, render_card, save_checkpoint
 
@@ -530,7 +532,7 @@ def test_the_handler_keeps_the_contract_of_inference_endpoints(folder, model, to
         endpoint({"inputs": TEXTS, "parameters": {"patiense": 3}})
 
 
-# Away from the package
+# Pushing
 
 
 def test_a_push_is_one_commit_without_training_state(folder, hub_server):
@@ -659,6 +661,91 @@ def test_pushing_the_model_over_a_complete_repository_keeps_the_rest(folder, mod
     assert {name for name in after if after[name] != before.get(name)} == {"model.safetensors"}
     check_checkpoint(snapshot_download("me/mine", cache_dir=tmp_path / "cache"))
 
+
+# From a training
+
+
+@pytest.fixture
+def trainer(model, tokenizer, tmp_path):
+    """Makes a trainer of four steps on `TEXTS`, with a checkpoint after every second one."""
+
+    def make(**arguments):
+        rows = [{**tokenizer(text), "labels": i % 3} for i, text in enumerate(TEXTS)]
+        keep = {"per_device_train_batch_size": 3, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+        quiet = {"use_cpu": True, "report_to": [], "disable_tqdm": True}
+        args = TrainingArguments(str(tmp_path / "out"), **{**keep, **quiet, "learning_rate": 0.0123, **arguments})
+        return GamlTrainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer)
+
+    return make
+
+
+def check_every_commit(hub_server, repo_id, cache):
+    """But the first, which the Hub itself makes."""
+    _, *commits = hub_server.repo(repo_id).commits
+    for sha in commits:
+        check_checkpoint(snapshot_download(repo_id, revision=sha, cache_dir=cache))
+        files = hub_server.files(repo_id, sha)
+        assert {"handler.py", "README.md", *CODE} <= files.keys()
+        assert not any(name.endswith(hub.PICKLES) or "checkpoint-" in name for name in files)
+    return commits
+
+
+def test_a_trainer_pushes_a_complete_repository(trainer, model, tokenizer, hub_server, tmp_path):
+    trainer = trainer(hub_model_id="me/mine", hub_private_repo=True)
+    trainer.train()
+    trainer.save_model()
+    assert (tmp_path / "out" / "training_args.bin").exists()  # the stock Trainer's, which must stay here
+    commit = trainer.push_to_hub(license="apache-2.0", base_model="google-bert/bert-base-uncased")
+    later = trainer.push_to_hub("Once more", blocking=False, revision="dev").result(timeout=60)
+    assert check_every_commit(hub_server, "me/mine", tmp_path / "cache") == [commit.oid, later.oid]
+    assert hub_server.history("me/mine")[1:] == ["End of training", "Once more"]
+    assert hub_server.repo("me/mine").branches == {"main": commit.oid, "dev": later.oid}
+    assert hub_server.repo("me/mine").private
+    card = hub_server.files("me/mine")["README.md"].decode()
+    for part in ("# me/mine\n", "license: apache-2.0", "fine-tuned from [google-bert", "| `learning_rate` | 0.0123 |"):
+        assert part in card
+    loaded = AutoModel.from_pretrained(snapshot_download("me/mine", cache_dir=tmp_path / "cache"))
+    assert_close(logits_of(loaded, tokenizer), logits_of(model.eval(), tokenizer), rtol=0, atol=0)
+
+
+def test_every_push_in_the_middle_of_a_training_is_complete(trainer, hub_server, tmp_path):
+    pushing = {"push_to_hub": True, "hub_strategy": "every_save", "hub_always_push": True, "hub_model_id": "me/mine"}
+    trainer = trainer(**pushing)
+    trainer.train()
+    expected = ["Training in progress, step 2", "Training in progress, step 4"]
+    assert hub_server.history("me/mine")[1:] == expected
+    commits = check_every_commit(hub_server, "me/mine", tmp_path / "cache")
+    weights = [hub_server.files("me/mine", sha)["model.safetensors"] for sha in commits]
+    saved = [tmp_path / "out" / f"checkpoint-{step}" / "model.safetensors" for step in (2, 4)]
+    assert weights == [path.read_bytes() for path in saved]
+    assert list((tmp_path / "out").glob(".saving-*")) == []
+
+
+def test_a_push_that_fails_does_not_stop_the_training(trainer, hub_server, caplog, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    trainer = trainer(push_to_hub=True, hub_strategy="every_save", hub_model_id="me/mine")
+    hub_server.broken.add("lfs")
+    assert trainer.train().global_step == 4
+    assert "The push of step 2 failed, and training goes on: " in caplog.text
+    assert hub_server.history("me/mine") == ["initial commit"]
+
+
+@mark.parametrize("strategy", ["checkpoint", "all_checkpoints"])
+def test_a_trainer_refuses_to_push_pickles(trainer, hub_server, strategy):
+    with raises(ValueError, match=f'`hub_strategy` must be "end" or "every_save".* Got "{strategy}"'):
+        trainer(push_to_hub=True, hub_strategy=strategy, hub_model_id="me/mine")
+
+
+def test_a_trainer_without_a_tokenizer_refuses_to_push(trainer, hub_server):
+    trainer = trainer()
+    trainer.processing_class = None
+    with raises(ValueError, match="A push needs the tokenizer"):
+        trainer.push_to_hub()
+    assert hub_server.requests == []
+
+
+# Away from the package
 
 UPLOADS = "ignore:Use 'content=<...>' to upload raw bytes/text content:DeprecationWarning"  # see pyproject.toml
 

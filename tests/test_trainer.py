@@ -443,20 +443,5 @@ def test_a_loss_that_is_nan_stops_the_training(tmp_path, mode):
         trainer.train()
 
 
-def test_the_code_is_in_the_folder_that_every_save_pushes(tmp_path, monkeypatch):
-    pushed = []
-    monkeypatch.setattr(Trainer, "init_hf_repo", lambda self, token=None: None)
-    monkeypatch.setattr(
-        Trainer,
-        "_push_from_checkpoint",
-        lambda self, folder: pushed.append({file.name for file in tmp_path.iterdir()}),
-    )
-    arguments = {"push_to_hub": True, "hub_strategy": "every_save", "save_strategy": "steps", "save_steps": 2}
-    train(tmp_path, make_model(), **arguments)
-    assert len(pushed) == 2
-    package = Path(sys.modules["gaml_hf"].__file__).parent
-    assert {file.name for file in package.glob("*_gaml*.py")} <= pushed[0]
-
-
 if __name__ == "__main__":
     distributed_worker(Path(sys.argv[1]))
