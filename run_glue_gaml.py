@@ -17,6 +17,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -503,7 +504,7 @@ def main(argv: list[str] | None = None) -> dict:
     )
     started = time.time()
     run: dict = {
-        "command": " ".join([Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)]),
+        "command": shown_command(sys.argv[1:] if argv is None else argv),
         "model_arguments": {key: value for key, value in asdict(model_args).items() if key != "token"},
         "data_arguments": asdict(data_args),
         "training_arguments": {k: v for k, v in training_args.to_sanitized_dict().items() if "token" not in k},
@@ -514,7 +515,7 @@ def main(argv: list[str] | None = None) -> dict:
             "datasets": datasets.__version__,
         },
         "date": time.strftime("%Y-%m-%d"),
-        "hardware": f"{training_args.device.type}, {torch.get_num_threads()} threads"
+        "hardware": f"{training_args.device.type}, {torch.get_num_threads()} thread(s)"
         if training_args.device.type == "cpu"
         else torch.cuda.get_device_name(training_args.device),
         "rows": {
@@ -635,6 +636,7 @@ def evaluate(
         "exit_mean": exit_mean(scores, main_metric),
         "policy": policy,
         "overthinking": overthinking(scores, main_metric),
+        "most_frequent_class": score(np.full_like(labels, np.bincount(labels).argmax()), labels),
         "curves": {
             strategy: [asdict(point) for point in sweep(exit_logits, labels, config, strategy, score, main_metric)]
             for strategy in EXIT_POLICIES
@@ -678,6 +680,20 @@ def write_predictions(path: Path, logits: np.ndarray, exit_layer: np.ndarray, la
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def shown_command(argv: list[str]) -> str:
+    """The command as it may be published: without tokens, and without the folders of this machine."""
+    words = []
+    for word in argv:
+        option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        name = option if equals else words[-1] if words and words[-1].startswith("--") else ""
+        if value and "token" in name:
+            value = "..."
+        elif os.path.isabs(value):
+            value = Path(value).name
+        words.append(option + equals + value)
+    return " ".join(["python run_glue_gaml.py", *map(shlex.quote, words)])
+
+
 def card_values(run: dict, data_args: DataTrainingArguments, model_args: ModelArguments, main_metric: str) -> dict:
     """What the model card tells, out of what was measured here; see [`gaml_hf.hub.render_card`]."""
     config, arguments = run["config"], run["training_arguments"]
@@ -692,9 +708,13 @@ def card_values(run: dict, data_args: DataTrainingArguments, model_args: ModelAr
     if "train_metrics" in run:
         card["training_arguments"] = {key: arguments[key] for key in TOLD_ARGUMENTS}
         card["training_arguments"] |= {key: config[key] for key in TOLD_FIELDS}
-        card |= {"seed": arguments["seed"], "date": run["date"], "hardware": run["hardware"]}
+        card |= {"seed": arguments["seed"], "date": run["date"], "rows": {**run["rows"]}}
     if "evaluation" in run:
         split, evaluation = next(iter(run["evaluation"].items()))
+        card["hardware"] = run["hardware"]
+        card["rows"] = {**run["rows"], split: evaluation["rows"]}
+        frequent = evaluation["most_frequent_class"][main_metric]
+        card["baseline"] = ("answering the most frequent class every time", frequent)
         policy = evaluation["policy"]
         curve = evaluation["curves"].get(policy["exit_strategy"], [])
         card |= {
@@ -704,7 +724,10 @@ def card_values(run: dict, data_args: DataTrainingArguments, model_args: ModelAr
             "chosen": OperatingPoint(
                 policy["exit_strategy"], policy["parameter"], policy[main_metric], policy["speed_up"]
             ),
+            "chosen_scores": {key: policy[key] for key in evaluation["most_frequent_class"] if key != main_metric},
+            "chosen_on": "training rows set aside" if "chosen" in run else None,
             "flops_speed_up": policy["flops_speed_up"],
+            "latency_speed_up": policy.get("latency_speed_up"),
         }
     return card
 

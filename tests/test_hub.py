@@ -373,7 +373,10 @@ MEASURED = {
         OperatingPoint("entropy", 0.123456, 0.92, 1.5),
     ],
     "chosen": OperatingPoint("patience", 1, 0.91, 1.95),
+    "chosen_on": "rows set aside",
     "flops_speed_up": 1.87,
+    "latency_speed_up": 1.71,
+    "rows": {"train": 90},
     "baseline": ("plain BERT", 0.925),
     "training_arguments": {"learning_rate": 2e-5, "optim": "a|b", "max_steps": None},
     "seed": 7,
@@ -390,8 +393,11 @@ def test_card_says_what_was_measured(model):
     text = render_card(model.config, **MEASURED)
     assert re.search(r'pip install torch "transformers>=5\.[0-9.]+"', text)
     for part in (
-        "**accuracy 0.9100 at 1.95x** in layers (1.87x in FLOPs)",
-        "plain BERT: 0.9250",
+        "**accuracy 0.9100 at 1.95x** with",
+        "1.95 times as many layers as were run on average; in FLOPs it is 1.87x; on the clock",
+        "(one CPU), 1.71x. The exit strategy was chosen on rows set aside.",
+        "To compare, plain BERT: 0.9250",
+        "| rows, train | 90 |",
         "| 1 | 4.00x | 0.5100 |",
         "| 2 | 2.00x | 0.6200 |",
         '| `exit_strategy="entropy", exit_threshold=0.1235` | 1.50x | 0.9200 |',
@@ -426,6 +432,18 @@ def test_card_metadata(model):
         'accuracy at 1.95x (exit_strategy="patience", patience=1)',
         "accuracy, last exit",
     ]
+
+
+def test_card_takes_a_mean_of_metrics_apart(model):
+    scores = {"accuracy": 0.723, "f1": 0.8226}
+    chosen = OperatingPoint("patience", 1, 0.7728, 1.95)
+    values = MEASURED | {"metric_name": "combined_score", "chosen": chosen, "chosen_scores": scores}
+    text = render_card(model.config, **values)
+    assert "combined_score is the mean of accuracy (0.7230 here) and f1 (0.8226 here)." in text
+    data = ModelCard(text).data
+    assert data.metrics == ["accuracy", "f1"]
+    results = [(r.metric_type, r.metric_value) for r in data.eval_results]
+    assert results == [("accuracy", 0.723), ("f1", 0.8226), ("combined_score", 0.93)]
 
 
 @mark.parametrize(

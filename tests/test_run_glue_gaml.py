@@ -6,11 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from datasets import ClassLabel, Dataset, Features, Value
+from huggingface_hub import snapshot_download
 from pytest import approx, fixture, mark, raises
 from transformers import BertConfig, BertModel, pipeline
 
 import run_glue_gaml
 from gaml_hf import GamlBertForSequenceClassification
+from gaml_hf.glue import GLUE_TASKS
 from gaml_hf.hub import check_checkpoint
 
 
@@ -262,3 +265,95 @@ def test_a_model_trained_for_other_classes(common, files, tmp_path):
         run_glue_gaml.main(
             [*common, "--model_name_or_path", str(tmp_path / "out"), "--validation_file", other, "--do_eval"]
         )
+
+
+def test_push_to_hub(common, files, tmp_path, hub_server):
+    words = [*common, *with_files(files, "train", "validation"), "--do_train", "--do_eval", "--num_train_epochs", "2"]
+    words += "--push_to_hub --hub_model_id me/films --hub_private_repo True --hub_strategy every_save".split()
+    run_glue_gaml.main([*words, "--hub_always_push", "True", "--hub_token", "hf_write"])
+    assert hub_server.history("me/films")[1:] == [
+        "Training in progress, epoch 1",
+        "Training in progress, epoch 2",
+        "Upload GAML-BERT checkpoint",
+    ]
+    assert hub_server.repo("me/films").private
+    check_checkpoint(snapshot_download("me/films", cache_dir=tmp_path / "cache"))
+    pushed = hub_server.files("me/films")
+    assert {"README.md", "handler.py", "depth_score.png", "speed_score.png"} <= pushed.keys()
+    assert not {"training_args.bin", "run.json"} & pushed.keys()
+    card = pushed["README.md"].decode()
+    for part in ("# me/films\n", "on train.csv", "| rows, train | 144 |", "--hub_token ...", "every time: "):
+        assert part in card
+    for private in ("hf_write", str(tmp_path)):
+        assert not any(private.encode() in content for content in pushed.values())
+        assert private not in json.dumps(json.loads((tmp_path / "out" / "run.json").read_text())["command"])
+
+
+def test_the_command_shown_in_public():
+    words = (
+        "recipe.json --token=hf_a --hub_token hf_b --train_file=/home/me/train.csv --output_dir /tmp/out --alpha 0.3"
+    )
+    assert run_glue_gaml.shown_command(words.split()) == (
+        "python run_glue_gaml.py recipe.json --token=... --hub_token ... --train_file=train.csv --output_dir out "
+        "--alpha 0.3"
+    )
+
+
+# The recipes of the paper
+
+RECIPES = Path(__file__).parents[1] / "hub_models"
+
+
+def test_there_is_a_recipe_for_each_task():
+    folders = {path.parent.name for path in RECIPES.glob("*/recipe.json")}
+    assert folders == {f"gaml-bert-{name}" for name in GLUE_TASKS} | {"gaml-bert-demo"}
+
+
+@mark.parametrize("task", GLUE_TASKS.values(), ids=GLUE_TASKS)
+def test_a_recipe_is_table_7(task):
+    path = RECIPES / f"gaml-bert-{task.name}" / "recipe.json"
+    model, data, gaml, training = run_glue_gaml.parse_arguments([str(path)])
+    assert model.model_name_or_path == "google-bert/bert-base-uncased"
+    assert (data.task_name, data.dataset_name, data.train_file) == (task.name, None, None)  # so nyu-mll/glue
+    assert (training.learning_rate, training.warmup_epochs) == (task.learning_rate, task.warmup_epochs)
+    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    assert (batch, gaml.alpha) == (task.batch_size, task.alpha)
+    # Sec. 6.4: early stopping, selection by the mean over exits, the range of the speed-up; Sec. 6.5: patience.
+    assert (training.early_stopping_patience, training.metric_for_best_model) == (5, "exit_mean")
+    assert (gaml.exit_strategy, gaml.patience, gaml.target_speed_up) == ("patience", None, [1.8, 2.1])
+    assert (gaml.ga_mode, gaml.distillation) == ("soft", "mutual")
+    assert training.do_train
+    assert training.do_eval
+    assert f"run_glue_gaml.py hub_models/gaml-bert-{task.name}/recipe.json" in (path.parent / "README.md").read_text()
+
+
+@mark.parametrize("task", GLUE_TASKS.values(), ids=GLUE_TASKS)
+def test_a_recipe_trains(task, backbone, tmp_path, glue_like):
+    recipe = RECIPES / f"gaml-bert-{task.name}" / "recipe.json"
+    words = f"--model_name_or_path {backbone} --dataset_name {glue_like(task)} --output_dir {tmp_path / 'out'}"
+    words += " --max_steps 1 --use_cpu True --report_to none --disable_tqdm True --dataloader_pin_memory False"
+    run = run_glue_gaml.main([str(recipe), *words.split(), "--latency_rows", "0"])
+    assert run["global_step"] == 1
+    assert run["config"]["alpha"] == task.alpha
+    assert list(run["evaluation"]) == list(task.validation_splits)
+    assert {name for name in task.submission_files if (tmp_path / "out" / name).exists()} == set(task.submission_files)
+    check_checkpoint(tmp_path / "out")
+
+
+@fixture
+def glue_like(tmp_path):
+    """Makes a folder with a task's splits, columns and classes, of few rows, its files named as on the Hub."""
+
+    def make(task) -> Path:
+        features = Features({"label": ClassLabel(names=list(task.label_names))})
+        features |= {column: Value("string") for column in task.text_columns}
+        for split in ("train", *task.validation_splits, *task.test_splits):
+            count = 40 if split == "train" else 8
+            labels = [-1 if split in task.test_splits else row % task.num_labels for row in range(count)]
+            columns = {column: ["the film is good .", "a sad plot"] * (count // 2) for column in task.text_columns}
+            rows = Dataset.from_dict({"label": labels, **columns}, features=Features(features))
+            (tmp_path / task.name / "data").mkdir(parents=True, exist_ok=True)
+            rows.to_parquet(tmp_path / task.name / "data" / f"{split}-00000-of-00001.parquet")
+        return tmp_path / task.name
+
+    return make

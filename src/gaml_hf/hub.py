@@ -316,7 +316,11 @@ def render_card(
     exit_scores: Mapping[int, float] | None = None,
     points: Sequence[OperatingPoint] = (),
     chosen: OperatingPoint | None = None,
+    chosen_scores: Mapping[str, float] | None = None,
+    chosen_on: str | None = None,
     flops_speed_up: float | None = None,
+    latency_speed_up: float | None = None,
+    rows: Mapping[str, int] | None = None,
     baseline: tuple[str, float] | None = None,
     training_arguments: Mapping | None = None,
     seed: int | None = None,
@@ -344,8 +348,12 @@ def render_card(
         exit_scores (`dict[int, float]`, *optional*): score of each exit, by layer.
         points (`list[OperatingPoint]`, *optional*): the curve of score against speed-up.
         chosen ([`OperatingPoint`], *optional*): the one to use, which is the first number a reader sees.
+        chosen_scores (`dict[str, float]`, *optional*): of `chosen`, where `metric_name` is the mean of several.
+        chosen_on (`str`, *optional*): the rows that `chosen` was chosen on.
         flops_speed_up (`float`, *optional*): of `chosen`, in FLOPs instead of layers.
-        baseline (`tuple[str, float]`, *optional*): a plain model to compare with: its name and score.
+        latency_speed_up (`float`, *optional*): of `chosen`, on the clock at batch 1 on `hardware`.
+        rows (`dict[str, int]`, *optional*): how many rows were used for what.
+        baseline (`tuple[str, float]`, *optional*): something to compare with: its name and score.
         training_arguments (`dict`, *optional*): those worth printing, as they come: no paths, no tokens.
         seed (`int`), date (`str`), hardware (`str`), command (`str`), *optional*: of the training run.
         versions (`dict[str, str]`, *optional*): of the libraries.
@@ -359,17 +367,22 @@ def render_card(
     points = [point for point in points if _measured(point.score, point.speed_up)]
     chosen = chosen if chosen and _measured(chosen.score, chosen.speed_up) else None
     baseline = baseline if baseline and _measured(baseline[1]) else None
+    parts = {name: score for name, score in (chosen_scores or {}).items() if _measured(score)}
     if metric_name is None:
         exit_scores, points, chosen, baseline = {}, [], None, None
-    run = {"seed": seed, "date": date, "hardware": hardware, **{f"`{k}`": v for k, v in (versions or {}).items()}}
+    if chosen is None or len(parts) < 2:
+        parts = {}
+    run = {f"rows, {use}": number for use, number in (rows or {}).items()}
+    run |= {"seed": seed, "date": date, "hardware": hardware, **{f"`{k}`": v for k, v in (versions or {}).items()}}
 
     name = model_name or "gaml-bert"
     layers = config.num_hidden_layers
-    results = []
+    results = []  # metric, what it is of, score
     if chosen is not None:
-        results.append((f"{metric_name} at {chosen.speed_up:.2f}x ({_policy(chosen.config_fields())})", chosen.score))
+        at = f"at {chosen.speed_up:.2f}x ({_policy(chosen.config_fields())})"
+        results += [(key, f"{key} {at}", score) for key, score in (parts or {metric_name: chosen.score}).items()]
     if layers in exit_scores:
-        results.append((f"{metric_name}, last exit", exit_scores[layers]))
+        results.append((metric_name, f"{metric_name}, last exit", exit_scores[layers]))
     data = ModelCardData(
         model_name=name,
         language=language,
@@ -378,7 +391,7 @@ def render_card(
         pipeline_tag="text-classification",
         base_model=_hub_id(base_model),
         datasets=[dataset] if _hub_id(dataset) else None,
-        metrics=[metric_name] if metric_name else None,
+        metrics=list(parts) or ([metric_name] if metric_name else None),
         tags=["gaml-bert", "early-exit"],
         eval_results=[
             EvalResult(
@@ -387,11 +400,11 @@ def render_card(
                 dataset_name=f"{dataset} ({task})" if task else dataset,
                 dataset_config=task,
                 dataset_split=split,
-                metric_type=metric_name,
+                metric_type=metric,
                 metric_name=label,
                 metric_value=score,
             )
-            for label, score in results
+            for metric, label, score in results
             if _hub_id(dataset)
         ]
         or None,
@@ -416,7 +429,10 @@ def render_card(
         policy=_policy(_config_fields(config)),
         points=[(_policy(p.config_fields()), p.score, p.speed_up) for p in sorted(points, key=lambda p: p.speed_up)],
         chosen=chosen and (_policy(chosen.config_fields()), chosen.score, chosen.speed_up),
+        parts=parts,
+        chosen_on=chosen_on,
         flops_speed_up=flops_speed_up if _measured(flops_speed_up) else None,
+        latency_speed_up=latency_speed_up if _measured(latency_speed_up) else None,
         baseline=baseline,
         training_arguments=_printable(training_arguments),
         run=_printable(run),
