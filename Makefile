@@ -13,6 +13,8 @@ PYTHON ?= python3
 VENV ?= .venv
 VENV_LOWEST ?= .venv-lowest
 TORCH ?=
+EXTRAS := test,dev,space
+EXTRAS_LOWEST := test,dev
 
 .PHONY: test demo lint test-lowest clean
 
@@ -34,23 +36,23 @@ clean:
 	rm -rf $(VENV) $(VENV_LOWEST) .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-# $(call install,environment,pins): one line for torch taken from the pins unless TORCH says otherwise, then the rest.
+# $(call install,environment,pins,extras): one line for torch taken from the pins unless TORCH says otherwise, then the rest.
 define install
 	@grep -v '^torch==' $(2) > $(1)/constraints.txt
 	@echo 'Installing into $(1): some minutes the first time.'
 	@$(1)/bin/python -m pip install -qq --no-compile --disable-pip-version-check -c $(1)/constraints.txt \
 		$(if $(TORCH),$(TORCH),$$(grep '^torch==' $(2)))
-	@$(1)/bin/python -m pip install -qq --no-compile --disable-pip-version-check -c $(1)/constraints.txt -e '.[test,dev]'
+	@$(1)/bin/python -m pip install -qq --no-compile --disable-pip-version-check -c $(1)/constraints.txt -e '.[$(3)]'
 	@touch $@
 endef
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(VENV)
-	$(call install,$(VENV),constraints.txt)
+	$(call install,$(VENV),constraints.txt,$(EXTRAS))
 
-# Only what pyproject.toml names is lowered; what those packages need in turn is the newest they accept.
+# Without Gradio, which asks for a newer huggingface_hub. Only what pyproject.toml names is lowered; what those packages need in turn is the newest they accept.
 $(VENV_LOWEST)/.installed: pyproject.toml
 	@$(PYTHON) -m venv $(VENV_LOWEST)
 	@$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' \
 		| sed 's/>=/==/' > $(VENV_LOWEST)/lowest.txt
-	$(call install,$(VENV_LOWEST),$(VENV_LOWEST)/lowest.txt)
+	$(call install,$(VENV_LOWEST),$(VENV_LOWEST)/lowest.txt,$(EXTRAS_LOWEST))

@@ -51,6 +51,7 @@ TRAINING_STATE = (
     ".git/*",
     ".cache/*",
 )
+SPACE_GRADIO = "6.31.0"  # what the Space was tested with
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 # What a card tells of a training: fields of TrainingArguments and of the config.
@@ -526,6 +527,54 @@ def push_checkpoint(
         [*added.values(), *map(CommitOperationDelete, stale)],
         commit_message=commit_message or "Upload GAML-BERT checkpoint",
         revision=revision,
+    )
+
+
+def push_space(
+    repo_id: str,
+    model: str,
+    *,
+    model_revision: str | None = None,
+    examples: Sequence[str] = (),
+    private: bool | None = None,
+    commit_message: str | None = None,
+    token: str | None = None,
+) -> CommitInfo:
+    """
+    Push a Gradio Space that shows where texts leave a checkpoint on the Hub, in one commit.
+
+    Args:
+        repo_id (`str`): `user/name` of the Space; made if it is not there.
+        model (`str`): `user/name` of the checkpoint, see [`push_checkpoint`].
+        model_revision (`str`, *optional*):
+            Its branch, tag or commit. The Space pins the commit that this is now, for it runs the code of that commit.
+        examples (`list[str]`, *optional*): texts to choose from; the first is shown when the page opens.
+        private (`bool`, *optional*): of a Space made here. One that shows a private model needs the secret `HF_TOKEN`.
+        commit_message (`str`, *optional*): defaults to `"Upload Space"`.
+        token (`str`, *optional*): defaults to the one saved by `hf auth login`.
+
+    Returns:
+        `CommitInfo`: of the commit.
+    """
+    api = HfApi(token=token)
+    revision = api.model_info(model, revision=model_revision).sha
+    repo_id = _open_repo(api, repo_id, private=private, revision=None, repo_type="space", space_sdk="gradio")
+    source = Path(__file__).with_name("space")
+    readme = (source / "README.md").read_text(encoding="utf-8")
+    for key, value in {"model": model, "revision": revision, "gradio": SPACE_GRADIO}.items():
+        readme = readme.replace(f"{{{{ {key} }}}}", value)
+    chosen = {"model": model, "revision": revision, "examples": list(examples)}
+    files = {
+        "README.md": readme.encode(),
+        "app.py": (source / "app.py").read_bytes(),
+        "requirements.txt": (source / "requirements.txt").read_bytes(),
+        "model.json": json.dumps(chosen, indent=2, ensure_ascii=False).encode(),
+    }
+    return api.create_commit(
+        repo_id,
+        [CommitOperationAdd(name, content) for name, content in files.items()],
+        commit_message=commit_message or "Upload Space",
+        repo_type="space",
     )
 
 
