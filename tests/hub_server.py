@@ -31,6 +31,11 @@ class Repo:
     messages: dict[str, str] = field(default_factory=dict)  # by hash
     branches: dict[str, str] = field(default_factory=dict)  # by name: the hash of the head
 
+    def add_commit(self, files: dict[str, bytes], branch: str = "main", message: str = "initial commit") -> str:
+        sha = uuid4().hex + "0" * 8
+        self.commits[sha], self.messages[sha], self.branches[branch] = files, message, sha
+        return sha
+
 
 class HubServer(ThreadingHTTPServer):
     """
@@ -59,6 +64,12 @@ class HubServer(ThreadingHTTPServer):
     def files(self, repo_id: str, revision: str = "main", repo_type: str = "model") -> dict[str, bytes]:
         repo = self.repo(repo_id, repo_type)
         return repo.commits[repo.branches.get(revision, revision)]
+
+    def add_repo(self, repo_id: str, files: dict[str, bytes]) -> None:
+        """A public model that somebody else put there."""
+        self.repos["model", repo_id] = repo = Repo()
+        repo.add_commit(files)
+        self.large |= {hashlib.sha256(content).hexdigest(): content for content in files.values()}
 
     def history(self, repo_id: str, repo_type: str = "model") -> list[str]:
         """The messages of all commits, oldest first."""
@@ -204,7 +215,7 @@ class _Handler(BaseHTTPRequestHandler):
         private = bool(asked.get("private")) or asked.get("visibility") == "private"
         if status == 200:
             repo = self.server.repos[key] = Repo(private, asked)
-            self.add_commit(repo, {".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"})
+            repo.add_commit({".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"})
         raise _Answer(status, {"url": f"{self.server.url}/{prefix}{key[1]}", "error": "You already created this"})
 
     def preupload(self, asked: dict) -> None:
@@ -272,15 +283,9 @@ class _Handler(BaseHTTPRequestHandler):
                 del files[value["path"]]
             else:
                 raise _error(400, f"Unknown operation {key}")
-        sha = self.add_commit(repo, files, branch, header["value"]["summary"])
+        sha = repo.add_commit(files, branch, header["value"]["summary"])
         url = f"{self.server.url}/{repo_id}/commit/{sha}"
         raise _Answer(200, {"commitOid": sha, "commitUrl": url, "success": True})
-
-    @staticmethod
-    def add_commit(repo: Repo, files: dict[str, bytes], branch: str = "main", message: str = "initial commit") -> str:
-        sha = uuid4().hex + "0" * 8
-        repo.commits[sha], repo.messages[sha], repo.branches[branch] = files, message, sha
-        return sha
 
     def branch(self, repo: Repo, name: str) -> None:
         """`HfApi.create_branch`: from the head of main; 409 where it is already there."""

@@ -32,6 +32,7 @@ from transformers import (
 from conftest import hub_environment
 from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification, GamlTextClassificationPipeline, GamlTrainer, hub
 from gaml_hf.evaluation import OperatingPoint
+from gaml_hf.handler import EndpointHandler
 from gaml_hf.hub import check_checkpoint, push_checkpoint, render_card, save_checkpoint
 
 
@@ -528,10 +529,10 @@ def test_with_the_package_the_pipeline_still_needs_trust(folder, model, tokenize
 def test_the_handler_keeps_the_contract_of_inference_endpoints(folder, model, tokenizer, monkeypatch):
     monkeypatch.syspath_prepend(folder)
     monkeypatch.delitem(sys.modules, "handler", raising=False)
-    from handler import EndpointHandler
+    import handler
 
     monkeypatch.delitem(sys.modules, "handler")
-    endpoint = EndpointHandler(path=str(folder))
+    endpoint = handler.EndpointHandler(path=str(folder))
     ours = GamlTextClassificationPipeline(model=model, tokenizer=tokenizer)
     assert endpoint({"inputs": TEXTS}) == ours(TEXTS)
     assert endpoint({"inputs": TEXTS[0]}) == ours(TEXTS[:1])
@@ -546,8 +547,42 @@ def test_the_handler_keeps_the_contract_of_inference_endpoints(folder, model, to
         endpoint({"text": "a good film"})
     with raises(ValueError, match="`parameters` must be a dictionary"):
         endpoint({"inputs": TEXTS, "parameters": "patience=3"})
-    with raises(ValueError, match="patiense"):
-        endpoint({"inputs": TEXTS, "parameters": {"patiense": 3}})
+    for data in (None, [], "a good film", {"inputs": []}, {"inputs": ""}):
+        with raises(ValueError, match=r"must be a"):
+            endpoint(data)
+
+
+@mark.parametrize(
+    ("parameters", "sentence"),
+    [
+        ({"patiense": 3}, "`patiense` is not an argument of this pipeline. Did you mean `patience`?"),
+        ({"patience": 0}, "`patience` must be a whole number of at least 1"),
+        ({"budgeted_exit": 9}, "`budgeted_exit` must be one of the exits of this model"),
+        ({"exit_threshold": 0.3}, "name the strategy you want"),
+        ({"exit_strategy": "sometimes"}, "`exit_strategy` must be one of"),
+        ({"exit_strategy": "entropy", "exit_threshold": "0.3"}, "`exit_threshold` must be a number in"),
+        ({"exit_policy": "patience"}, "`exit_policy` must be an object"),
+        ({"top_k": 0}, "`top_k` must be a whole number"),
+        ({"on_error": "ignore"}, "`on_error` must be one of"),
+    ],
+)
+def test_the_handler_names_a_bad_parameter(folder, parameters, sentence):
+    with raises(ValueError, match=re.escape(sentence)):
+        EndpointHandler(str(folder))({"inputs": TEXTS, "parameters": parameters})
+
+
+@mark.parametrize(
+    ("bad", "kind"), [("", ValueError), (5, TypeError), (None, TypeError), ({"txt": "good"}, ValueError)]
+)
+def test_the_handler_and_a_bad_row(folder, bad, kind):
+    endpoint = EndpointHandler(str(folder))
+    with raises(kind, match=r"Row 1|row 1|\[1\]"):
+        endpoint({"inputs": [TEXTS[0], bad, TEXTS[1]]})
+    answers = endpoint({"inputs": [TEXTS[0], bad, TEXTS[1]], "parameters": {"on_error": "skip"}})
+    assert [answers[0], answers[2]] == endpoint({"inputs": TEXTS[:2]})
+    assert answers[1]["label"] is None
+    assert answers[1]["error"]
+    json.dumps(answers)
 
 
 # Pushing

@@ -102,7 +102,7 @@ def test_what_is_shown_is_what_the_pipeline_does(app, folder, strategy, speed):
     assert max(viewer.exit_probabilities({"text": TEXT})[left - 1]) == approx(answer["score"], abs=1e-5)
     chosen = re.search(r'<tr class="chosen">.*?</tr>', table)[0]
     assert f"<td>{strategy}</td>" in chosen
-    assert f'<td class="number">{left}</td><td class="number">{4 / left:.2f}x</td>' in chosen
+    assert f'<td class="number">layer {left}</td><td class="number">{4 / left:.2f}x</td>' in chosen
     assert "<b>fine</b>" not in bars + table  # a label is text, not HTML
 
 

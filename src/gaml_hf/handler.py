@@ -21,14 +21,19 @@ class EndpointHandler:
         """
         Args:
             data (`dict`): `inputs`, a text, a `{"text": ..., "text_pair": ...}` or a list of these, and optionally
-                `parameters`, what the pipeline takes: the exit strategy and its number, `top_k`, `batch_size`.
+                `parameters`, what the pipeline takes: the exit strategy and its number, `top_k`, `batch_size`, and
+                `on_error`, with which one bad row costs that row alone.
 
         Returns:
             `list`: for each input what the pipeline answers for it.
 
         Raises:
-            ValueError: there are no inputs, or the parameters are not a dictionary.
+            ValueError: there are no inputs, the parameters are not a dictionary, or the pipeline refuses one of them
+                or a row.
+            TypeError: a row is no text.
         """
+        if not isinstance(data, dict):
+            raise ValueError(f'The request must be a dictionary, such as {{"inputs": "A text."}}. Got {data!r}.')
         inputs = data.get("inputs")
         if not inputs:
             raise ValueError(f"`inputs` must be a text or a non-empty list of texts. Got `inputs={inputs!r}`.")

@@ -20,8 +20,8 @@ from transformers import pipeline
 
 
 STRATEGIES = {
-    "entropy": "Entropy: leave once unsureness is low",
-    "max_prob": "Max prob: leave once one class is likely",
+    "entropy": "Entropy: leave once doubt is low enough",
+    "max_prob": "Max prob: leave once one class is likely enough",
     "patience": "Patience: leave once the answer stays the same",
     "budgeted": "Budgeted: every text leaves at one layer",
     "none": "None: run all layers",
@@ -37,7 +37,7 @@ CSS = """
 .gaml { font-variant-numeric: tabular-nums; color: var(--body-text-color); }
 .gaml .answer { display: flex; flex-wrap: wrap; align-items: baseline; gap: .2rem 1.2rem; margin-bottom: .4rem; }
 .gaml .answer b { font-size: 1.7rem; line-height: 1.2; }
-.gaml .why { margin: 0 0 1rem; color: var(--body-text-color-subdued); }
+.gaml .why { margin: 0 0 1rem; font-size: 1.02rem; opacity: .8; }
 .gaml .row {
   display: grid; grid-template-columns: 4.6rem 1fr 11rem 6rem; align-items: center; gap: .8rem;
   padding: .22rem .5rem; border-radius: .4rem; border: 1.5px solid transparent;
@@ -49,11 +49,18 @@ CSS = """
 .gaml .row.idle .bar { background-image: repeating-linear-gradient(45deg, #fff8 0 4px, transparent 4px 8px); }
 .gaml .note { text-align: right; white-space: nowrap; }
 .gaml .says { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-.gaml .legend { margin-top: .6rem; font-size: .85rem; color: var(--body-text-color-subdued); }
+.gaml .legend { margin-top: .6rem; font-size: .85rem; opacity: .7; }
+.gaml h3 { margin: 1.2rem 0 .4rem; font-size: 1.05rem; font-weight: 600; }
 .gaml table { width: 100%; border-collapse: collapse; }
-.gaml th, .gaml td { text-align: left; padding: .35rem .6rem; border-bottom: 1px solid var(--border-color-primary); }
+.gaml table, .gaml table tr { border: none !important; }
+.gaml table :is(th, td) {
+  text-align: left; padding: .38rem .6rem; border: none !important;
+  border-bottom: 1px solid var(--border-color-primary) !important;
+}
+.gaml table :is(th, td):first-child { padding-left: 0; }
+.gaml code { font-size: .85em; padding: 0; background: none; border: none; }
 .gaml tr.chosen td { font-weight: 600; }
-.gaml .number { text-align: right; }
+.gaml table .number { text-align: right !important; }
 @media (max-width: 640px) {
   .gaml .row { grid-template-columns: 3.8rem 1fr 7.5rem; }
   .gaml .note { display: none; }
@@ -180,8 +187,9 @@ class Viewer:
 
     def _table(self, calls: dict[str, dict], answers: dict[str, dict], chosen: str) -> str:
         lines = [
-            '<div class="gaml"><table><tr><th>Strategy</th><th>Setting</th><th>Answer</th><th class="number">Sure</th>'
-            '<th class="number">Left after layer</th><th class="number">Speed-up in layers</th></tr>'
+            '<div class="gaml"><h3>All strategies, at this speed</h3><table><tr><th>Strategy</th><th>Setting</th>'
+            '<th>Answer</th><th class="number">Sure</th><th class="number">Left after</th>'
+            '<th class="number">Speed-up</th></tr>'
         ]
         for name, answer in answers.items():
             setting = ", ".join(f"{key}={value}" for key, value in calls[name].items() if key != "exit_strategy")
@@ -189,7 +197,7 @@ class Viewer:
                 f'<tr class="{"chosen" if name == chosen else ""}"><td>{name}</td>'
                 f"<td><code>{setting or 'all layers'}</code></td>"
                 f'<td style="color:{self._color(answer["label"])}">{html.escape(answer["label"])}</td>'
-                f'<td class="number">{answer["score"]:.1%}</td><td class="number">{answer["exit_layer"]}</td>'
+                f'<td class="number">{answer["score"]:.1%}</td><td class="number">layer {answer["exit_layer"]}</td>'
                 f'<td class="number">{self.config.num_hidden_layers / answer["exit_layer"]:.2f}x</td></tr>'
             )
         return "".join([*lines, "</table></div>"])
@@ -221,7 +229,6 @@ def build(viewer: Viewer, name: str, examples: list[str]) -> gr.Blocks:
                     gr.Examples(examples, text)
             with gr.Column(scale=3, min_width=380):
                 bars = gr.HTML(elem_id="bars", label="Exits")
-                gr.Markdown("### All strategies, at this speed")
                 table = gr.HTML(elem_id="table", label="Strategies")
         inputs, outputs = [text, pair, strategy, speed], [bars, table]
         gr.on([button.click, text.submit, pair.submit], viewer.show, inputs, outputs, api_name="show")
