@@ -36,7 +36,7 @@ clean:
 	rm -rf $(VENV) $(VENV_LOWEST) .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-# $(call install,environment,pins,extras): one line for torch taken from the pins unless TORCH says otherwise, then the rest.
+# $(call install,environment,pins,extras): torch from the pins unless TORCH says otherwise, then the rest.
 define install
 	@grep -v '^torch==' $(2) > $(1)/constraints.txt
 	@echo 'Installing into $(1): some minutes the first time.'
@@ -50,7 +50,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(VENV)
 	$(call install,$(VENV),constraints.txt,$(EXTRAS))
 
-# Without Gradio, which asks for a newer huggingface_hub. Only what pyproject.toml names is lowered; what those packages need in turn is the newest they accept.
+# Only what pyproject.toml names is lowered; what those packages need in turn is the newest they accept. Without Gradio,
+# which asks for a newer huggingface_hub.
 $(VENV_LOWEST)/.installed: pyproject.toml
 	@$(PYTHON) -m venv $(VENV_LOWEST)
 	@$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' \

@@ -10,7 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import httpx2
 import pytest
 import torch
 import transformers.modeling_utils
@@ -379,7 +378,7 @@ MEASURED = {
     "latency_speed_up": 1.71,
     "rows": {"train": 90},
     "baseline": ("plain BERT", 0.925),
-    "training_arguments": {"learning_rate": 2e-5, "optim": "a|b", "max_steps": None},
+    "training_arguments": {"learning_rate": 2e-5, "optim": "a|b", "max_steps": -1, "fp16": None},
     "seed": 7,
     "date": "2026-01-02",
     "hardware": "one CPU",
@@ -675,7 +674,7 @@ def test_an_interrupted_push_leaves_the_last_complete_state(folder, model, token
     hub_server.broken.add(where)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # between the client's tries
-        with raises((RuntimeError, OSError, httpx2.TransportError)):
+        with raises(Exception, match=r"(?i)error while uploading|disconnect|reset|broken pipe"):
             push_checkpoint(newer, "me/mine")
     assert hub_server.files("me/mine") == before
     loaded = snapshot_download("me/mine", cache_dir=tmp_path / "cache-1")

@@ -462,7 +462,9 @@ def _policy(fields: Mapping) -> str:
 
 def _printable(values: Mapping | None) -> dict[str, str]:
     """Cells of a Markdown table, without those that say nothing."""
-    return {key: str(value).replace("|", r"\|") for key, value in (values or {}).items() if value is not None}
+    nothing = [("max_steps", -1)]  # to TrainingArguments, no limit
+    shown = {key: value for key, value in (values or {}).items() if value is not None and (key, value) not in nothing}
+    return {key: str(value).replace("|", r"\|") for key, value in shown.items()}
 
 
 def _hub_id(name: str | None) -> str | None:
