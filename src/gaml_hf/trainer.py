@@ -208,7 +208,9 @@ class GamlTrainer(Trainer):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self._refuse_unpushable()
         if self.hub_model_id is None:  # called without `push_to_hub=True`
-            self.init_hf_repo(token=token, private=private)
+            if private is not None:  # `init_hf_repo` of Transformers 5.17 reads it here alone
+                self.args.hub_private_repo = private
+            self.init_hf_repo(token=token)
         if not self.is_world_process_zero():
             return None
         self._finish_current_push()
