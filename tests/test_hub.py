@@ -43,7 +43,7 @@ TEXTS = [
     "they like the best scene in a great movie",
     "fine",
 ]
-CODE = {f"{name}_gaml.py" for name in ("exiting", "losses", "pipeline")}
+CODE = {f"{name}_gaml.py" for name in ("engine", "exiting", "losses", "pipeline")}
 CODE |= {f"{name}_gaml_bert.py" for name in ("configuration", "modeling")}
 
 # What a stranger runs: no gaml_hf, however it is installed. Prints JSON; argument: where to load from and save to.

@@ -183,24 +183,32 @@ def test_a_row_knows_no_neighbours(policy, make, batch):
     assert_same(model(**embeds, **{name: batch[name] for name in ("attention_mask", "token_type_ids")}), expected)
 
 
-def test_layers_run_for_the_rows_still_there_alone(make, batch):
-    """Counted in rows, not in batches; and no padding beyond the longest row that stays."""
-    model = make(**POLICIES["patience"])
-    short = batch["attention_mask"].sum(dim=1) < 10
-    batch = rows_of(batch, short | (model(**batch).exit_layer < 4))  # no long row among those that stay
+@mark.parametrize("first", [True, False])
+def test_work_is_done_for_the_tokens_still_there_alone(first, make, batch):
+    """Counted in tokens: no padding is ever multiplied; and where [CLS] goes first, a row that leaves stops there."""
+    model = make()
+    policy = Patience(1)
+    policy.may_exit = lambda history: torch.full(history.shape[:1], first)
     batch = {name: F.pad(values, (0, 9)) for name, values in batch.items()}
-    seen = []
-    for layer in model.bert.encoder.layer:
-        layer.register_forward_hook(lambda _, args, output: seen.append(tuple(output.shape[:2])))
-    exit_layer = model(**batch).exit_layer
-    lengths = batch["attention_mask"].sum(dim=1)
-    assert seen == [(int((exit_layer >= m).sum()), int(lengths[exit_layer >= m].max())) for m in range(1, 5)]
-    assert seen[0][0] == len(lengths) > seen[3][0] > 0
-    assert seen[0][1] > seen[3][1]
+    keys, queries = [0] * 4, [0] * 4
+    for position, layer in enumerate(model.bert.encoder.layer):
 
-    seen.clear()
+        def count(module, args, output, position=position):
+            counted = keys if module is model.bert.encoder.layer[position].attention.self.key else queries
+            counted[position] += args[0].shape[0]
+
+        layer.attention.self.key.register_forward_hook(count)
+        layer.intermediate.register_forward_hook(count)
+    exit_layer = model(**batch, exit_policy=policy).exit_layer
+    lengths = batch["attention_mask"].sum(dim=1)
+    tokens = [int(lengths[exit_layer >= m].sum()) for m in range(1, 5)]
+    leaving = [int((lengths - 1)[exit_layer == m].sum()) for m in range(1, 5)]  # all but [CLS]
+    assert keys == tokens
+    assert queries == [n - less * (first or m == 4) for m, n, less in zip(range(1, 5), tokens, leaving, strict=True)]
+    assert tokens[0] > tokens[2] > tokens[3] > 0
+    keys[:] = [0] * 4
     model(**batch, exit_policy=Budgeted(2))
-    assert len(seen) == 2
+    assert keys == [tokens[0], tokens[0], 0, 0]
 
 
 def test_unsure_rows_get_the_last_answer(make, batch):

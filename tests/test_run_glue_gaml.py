@@ -324,6 +324,9 @@ def test_a_recipe_is_table_7(task):
     assert (gaml.ga_mode, gaml.distillation) == ("soft", "mutual")
     assert training.do_train
     assert training.do_eval
+    rate = f"{task.learning_rate:.0e}".replace("e-0", "e-")
+    row = f"(gaml-bert-{task.name}/) | {rate} | {task.warmup_epochs} | {task.batch_size} | {task.alpha} |"
+    assert row in (RECIPES / "README.md").read_text()
     assert f"run_glue_gaml.py hub_models/gaml-bert-{task.name}/recipe.json" in (path.parent / "README.md").read_text()
 
 

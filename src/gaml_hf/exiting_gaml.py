@@ -16,6 +16,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
+# In a batch of at least so many rows some row leaves at most exits, and a needless split of a layer costs little; in a
+# smaller one a wrong guess costs more than a right one saves (docs/performance.md).
+MIN_ROWS_TO_GUESS = 16
+
 EXIT_POLICIES: dict[str, type["ExitPolicy"]] = {}
 
 
@@ -51,6 +55,22 @@ class ExitPolicy:
         """
         raise TypeError(f"{type(self).__name__} must implement `should_exit`.")
 
+    def may_exit(self, exit_logits: Tensor) -> Tensor:
+        """
+        Guess which rows leave at the next exit. No answer depends on it, only the speed: where rows may leave, the
+        next layer runs for [CLS] first.
+
+        Args:
+            exit_logits (`torch.Tensor` of shape `(batch_size, num_exits_run, num_labels)`):
+                Logits of the exits run so far; before the first exit, `num_exits_run` is 0.
+
+        Returns:
+            `torch.BoolTensor` of shape `(batch_size,)`: `False` where the row will hardly leave at the next exit.
+            Here, where nothing is known of the strategy: `True` in a batch of some size.
+        """
+        guess = len(exit_logits) >= MIN_ROWS_TO_GUESS
+        return torch.full(exit_logits.shape[:1], guess, dtype=torch.bool, device=exit_logits.device)
+
     def __call__(self, exit_logits: Tensor) -> Tensor:
         # Every comparison with NaN is False: without this a row with broken logits would run on to the last exit.
         broken = ~torch.isfinite(exit_logits[:, -1]).all(dim=-1)
@@ -83,6 +103,8 @@ class FullDepth(ExitPolicy):
     def should_exit(self, exit_logits: Tensor) -> Tensor:
         return torch.zeros(exit_logits.shape[:1], dtype=torch.bool, device=exit_logits.device)
 
+    may_exit = should_exit
+
 
 @register
 class Budgeted(ExitPolicy):
@@ -112,6 +134,10 @@ class Budgeted(ExitPolicy):
         leave = exit_logits.shape[1] >= self.num_exits
         return torch.full(exit_logits.shape[:1], leave, dtype=torch.bool, device=exit_logits.device)
 
+    def may_exit(self, exit_logits: Tensor) -> Tensor:
+        leave = exit_logits.shape[1] + 1 >= self.num_exits
+        return torch.full(exit_logits.shape[:1], leave, dtype=torch.bool, device=exit_logits.device)
+
 
 @register
 class Patience(ExitPolicy):
@@ -138,9 +164,17 @@ class Patience(ExitPolicy):
         return cls(config.patience)
 
     def should_exit(self, exit_logits: Tensor) -> Tensor:
-        if exit_logits.shape[1] <= self.patience:
+        return self._agree(exit_logits, self.patience + 1)
+
+    def may_exit(self, exit_logits: Tensor) -> Tensor:
+        return self._agree(exit_logits, self.patience)  # one comparison short
+
+    @staticmethod
+    def _agree(exit_logits: Tensor, num_exits: int) -> Tensor:
+        """Whether the last `num_exits` exits predict one class."""
+        if exit_logits.shape[1] < num_exits:
             return torch.zeros(exit_logits.shape[:1], dtype=torch.bool, device=exit_logits.device)
-        predictions = exit_logits[:, -(self.patience + 1) :].argmax(dim=-1)  # (batch_size, patience + 1)
+        predictions = exit_logits[:, -num_exits:].argmax(dim=-1)  # (batch_size, num_exits)
         return (predictions == predictions[:, -1:]).all(dim=1)
 
 

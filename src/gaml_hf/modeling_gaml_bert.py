@@ -13,6 +13,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_gaml_bert import GamlBertConfig
+from .engine_gaml import LAYER_FUNCTIONS, Layout, PrepackedLinear
 from .exiting_gaml import ExitPolicy, policy_from_config
 
 # Not used here: a save copies only the files that this one imports. Inference Endpoints look for the handler, and the
@@ -69,6 +70,7 @@ class GamlBertForSequenceClassification(BertPreTrainedModel):
     # micro-batches nor average it over ranks (huggingface/transformers#47688).
     accepts_loss_kwargs = False
     _no_split_modules = ["BertEmbeddings", "BertLayer"]
+    _layer_functions = LAYER_FUNCTIONS  # of the exit engine; see `compile`
     # Heads of plain BERT checkpoints that an exit does not use.
     _keys_to_ignore_on_load_unexpected = [r"^(bert\.)?pooler\.", r"^cls\.", r"^classifier\."]
 
@@ -259,40 +261,94 @@ class GamlBertForSequenceClassification(BertPreTrainedModel):
                 "A traced or exported model would send every row the way its example went. Export with "
                 "`output_exit_logits=True`, which runs all exits, and let `ExitPolicy.replay` decide."
             )
-        batch_size = hidden_states.shape[0]
-        rows = torch.arange(batch_size, device=hidden_states.device)  # of the batch, for the rows still there
-        exit_layer = rows.new_empty(batch_size)
-        hidden_states, attention_mask = self._trim(hidden_states, attention_mask)
-        layer_mask = self._layer_mask(hidden_states, attention_mask)
-        logits = history = None  # (batch_size, num_labels), (rows, num_exits_run, num_labels)
-        for m in range(1, self.config.num_hidden_layers + 1):
-            hidden_states = self._run_layer(m, hidden_states, layer_mask)
+        run_layer, run_cls, run_rest = self._layer_functions
+        last = self.config.num_hidden_layers
+        batch_size, length, _ = hidden_states.shape
+        mask = (
+            torch.ones(batch_size, length, dtype=torch.bool) if attention_mask is None else attention_mask.cpu().bool()
+        )
+        layout = Layout(mask, hidden_states.device)
+        tokens = layout.pack(hidden_states)  # (num_tokens, hidden_size), [CLS] of each row first
+        rows = torch.arange(batch_size)  # of the batch, for the rows still there
+        exit_layer = torch.empty(batch_size, dtype=torch.int64)
+        logits = None  # (batch_size, num_labels)
+        history = hidden_states.new_empty(batch_size, 0, self.config.num_labels)  # (rows, num_exits_run, num_labels)
+        cls_first = bool(policy.may_exit(history).any())
+        for m, layer in enumerate(self.bert.encoder.layer, start=1):
             if m not in self.config.exit_layers:
+                tokens = run_layer(layer, tokens, layout.rows)
                 continue
-            answer = self._run_exit(m, hidden_states)
+            if cls_first or m == last:
+                cls, key, value = run_cls(layer, tokens, layout.rows)
+            else:
+                tokens = run_layer(layer, tokens, layout.rows)
+                cls = tokens[: len(rows)]
+            answer = self._run_exit(m, cls[:, None])
             # Written for every row still there; a row that stays writes again at a later exit.
-            logits = answer if logits is None else logits.index_copy(0, rows, answer)
-            exit_layer = exit_layer.index_fill(0, rows, m)
-            if m == self.config.num_hidden_layers:
+            logits = answer if logits is None else logits.index_copy(0, layout.to_device(rows), answer)
+            exit_layer[rows] = m
+            if m == last:
                 break
-            history = answer[:, None] if history is None else torch.cat([history, answer[:, None]], dim=1)
-            stay = (~policy(history)).nonzero().squeeze(1)  # on a GPU, the one wait of this exit
-            if len(stay) == 0:
+            history = torch.cat([history.to(answer.dtype), answer[:, None]], dim=1)
+            # On a GPU, the one wait of this exit.
+            leave, may_exit = torch.stack([policy(history), policy.may_exit(history)]).cpu()
+            if leave.all():
                 break
-            if len(stay) < len(rows):
-                rows, history, hidden_states = rows[stay], history[stay], hidden_states[stay]
-                attention_mask = None if attention_mask is None else attention_mask[stay]
-                hidden_states, attention_mask = self._trim(hidden_states, attention_mask)
-                layer_mask = self._layer_mask(hidden_states, attention_mask)
-        return logits, exit_layer
+            numbers = None
+            if leave.any():
+                kept = (~leave).nonzero().squeeze(1)
+                layout, numbers = layout.keep(kept)
+                rows, kept = rows[kept], layout.to_device(kept)
+                history = history[kept]
+                if cls_first:
+                    cls, key, value = cls[kept], key[kept, :, : layout.length], value[kept, :, : layout.length]
+                tokens = tokens.index_select(0, numbers)
+            if cls_first and layout.length == 1:
+                tokens = cls
+            elif cls_first:
+                tokens = torch.cat([cls, run_rest(layer, tokens[len(rows) :], key, value, layout.rows)])
+            cls_first = bool((may_exit & ~leave).any())
+        return logits, layout.to_device(exit_layer)
 
-    @staticmethod
-    def _trim(hidden_states: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Cut the padding that no row needs any more."""
-        if attention_mask is None:
-            return hidden_states, None
-        longest = int(attention_mask.any(dim=0).nonzero().amax()) + 1
-        return hidden_states[:, :longest], attention_mask[:, :longest]
+    def prepack(self) -> "GamlBertForSequenceClassification":
+        """
+        Make inference on a CPU faster, for good: reorder the encoder's weights once for oneDNN's kernels.
+
+        The answers are the same up to rounding. The weights are replaced, not doubled; the model can still be saved,
+        but no longer trained, cast or moved. Call it last, in evaluation mode, in float32 or bfloat16.
+
+        Returns:
+            `GamlBertForSequenceClassification`: itself.
+
+        Raises:
+            ValueError: the model is in training mode, not on the CPU, or in a type that oneDNN does not know here.
+        """
+        dtypes = [torch.float32] + [torch.bfloat16] * torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        if self.training or self.device.type != "cpu" or self.dtype not in dtypes:
+            raise ValueError(
+                f"`prepack` needs a model in evaluation mode, on the CPU, in one of {dtypes}. Got "
+                f"{'training' if self.training else 'evaluation'} mode, {self.device.type}, {self.dtype}."
+            )
+        for module in list(self.bert.encoder.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, nn.Linear):
+                    setattr(module, name, PrepackedLinear(child))
+        return self
+
+    def compile(self, *args, **kwargs) -> None:
+        """
+        Compile what runs one layer while rows leave, by `torch.compile` with these arguments.
+
+        Whole, the loop over the exits would break at each decision. One compiled layer serves all layers, and by
+        default (`dynamic=True`) all batch sizes and lengths. For training, `torch.compile(model)` does as ever.
+        """
+        kwargs = {"dynamic": True} | kwargs
+        self._layer_functions = tuple(torch.compile(function, *args, **kwargs) for function in LAYER_FUNCTIONS)
+
+    def __getstate__(self):
+        state = super().__getstate__()
+        state.pop("_layer_functions", None)  # compiled code cannot be pickled
+        return state
 
     def _losses(self, exit_logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """L, L^CE and L^KD of Eqs. 2, 1 and 3. Where nothing distils (PABEE's training), L is L^CE."""

@@ -1,0 +1,325 @@
+"""
+What early exiting gives in wall-clock time: systems side by side, in one process, in turn.
+
+    python benchmarks/speed.py                                # BERT-base shape, random weights, exits forced
+    python benchmarks/speed.py --batch_sizes 1 --lengths 64   # a part of it
+    python benchmarks/speed.py --checkpoint out/sst2 --data validation.parquet --text_columns sentence
+
+Every figure is a ratio to Hugging Face's BERT in eager attention, float32 and full depth, of the same round; median
+and range over the rounds. The systems take turns, so what slows the machine down slows all of them.
+
+Random weights do not know when to leave. So the exits are forced: all rows at layer k, or row by row as in
+`EXIT_SHARES` (mean 6.3 of 12). With `--checkpoint` a trained model decides for itself.
+
+The last column is the share of the ideal: the time of the layers that the rows really needed, at the price that a
+token has in a large batch without padding and with the same kernels, over the time taken. It can exceed 100%, since
+the last layer of a row runs for [CLS] alone.
+"""
+
+import argparse
+import copy
+import itertools
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+
+from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification
+from gaml_hf.engine_gaml import Layout, run_layer
+from gaml_hf.exiting_gaml import Budgeted, ExitPolicy, FullDepth, policy_from_config
+
+
+# Tokens of a text, [CLS] and [SEP] included: 0%, 5%, ... 100% quantiles of the GLUE validation sets under BERT's
+# uncased vocabulary.
+QUANTILES = {
+    "sst2": [4, 10, 12, 14, 16, 17, 19, 20, 21, 23, 24, 26, 27, 29, 30, 32, 34, 37, 40, 44, 55],
+    "mrpc": [26, 32, 37, 40, 42, 44, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63, 64, 67, 70, 74, 86],
+}
+# Share of rows that leave at each of 12 layers: mean 6.3.
+EXIT_SHARES = [0.0, 0.08, 0.13, 0.16, 0.14, 0.12, 0.1, 0.08, 0.06, 0.0, 0.0, 0.13]
+
+Batch = dict[str, Tensor]
+
+
+class ForcedExits(ExitPolicy):
+    """Row i leaves at layer `exits[i]`, whatever the logits; when to split a layer is guessed, as for entropy."""
+
+    name = "forced"
+
+    def __init__(self, exits: Tensor):
+        self.exits = exits
+
+    def should_exit(self, exit_logits: Tensor) -> Tensor:
+        leave = self.exits <= exit_logits.shape[1]
+        self.exits = self.exits[~leave]  # the engine keeps the others, in this order
+        return leave
+
+
+class Workload:
+    """Batches, and the layer at which each row leaves."""
+
+    def __init__(self, name: str, batches: list[Batch], exits: list[Tensor]):
+        self.name, self.batches, self.exits = name, batches, exits
+
+    def policy(self, position: int) -> ExitPolicy:
+        exits = self.exits[position]
+        same = bool((exits == exits[0]).all())  # a budget is known beforehand
+        return Budgeted(int(exits[0])) if same else ForcedExits(exits)
+
+
+def make_batch(lengths: np.ndarray) -> Batch:
+    attention_mask = (torch.arange(int(lengths.max())) < torch.from_numpy(lengths)[:, None]).long()
+    return {
+        "input_ids": torch.randint(1000, 20000, attention_mask.shape) * attention_mask,
+        "attention_mask": attention_mask,
+    }
+
+
+def make_workloads(options: argparse.Namespace) -> list[Workload]:
+    rng = np.random.default_rng(options.seed)
+
+    def batches(length: str, batch_size: int) -> list[Batch]:
+        num_batches = max(1, options.rows // batch_size)
+        if length in QUANTILES:
+            drawn = rng.random((num_batches, batch_size))
+            lengths = np.interp(drawn, np.linspace(0, 1, 21), QUANTILES[length]).astype(int)
+        else:
+            lengths = np.full((num_batches, batch_size), int(length))
+        return [make_batch(row) for row in lengths]
+
+    workloads = []
+    for length, batch_size in itertools.product(options.lengths, options.batch_sizes):
+        made = batches(length, batch_size)
+        for exit_at in options.exits:
+            if exit_at == "mixed":
+                if batch_size == 1 and length not in QUANTILES:
+                    continue
+                exits = [torch.from_numpy(rng.choice(12, size=batch_size, p=EXIT_SHARES) + 1) for _ in made]
+            else:
+                if batch_size > 1 and exit_at != "12":
+                    continue  # all rows at one layer: batch 1 tells as much
+                exits = [torch.full((batch_size,), int(exit_at)) for _ in made]
+            workloads.append(Workload(f"{length} tokens, batch {batch_size}, exit {exit_at}", made, exits))
+    return workloads
+
+
+# ---------------------------------------------------------------------------------------------------------- systems
+
+
+def stock_loop(model: GamlBertForSequenceClassification, workload: Workload) -> None:
+    """As the peers do it: one row at a time, through the stock layers, a decision after each."""
+    for batch, exits in zip(workload.batches, workload.exits, strict=True):
+        for row, last in enumerate(exits.tolist()):
+            length = int(batch["attention_mask"][row].sum())
+            hidden_states = model._embed(batch["input_ids"][row : row + 1, :length], None, None, None)
+            for m in range(1, last + 1):
+                hidden_states = model._run_layer(m, hidden_states, None)
+                model._run_exit(m, hidden_states).softmax(dim=-1).amax().item()
+
+
+def waiting(model: GamlBertForSequenceClassification, workload: Workload) -> None:
+    """A batch that waits for its slowest row, padded."""
+    for batch, exits in zip(workload.batches, workload.exits, strict=True):
+        hidden_states = model._embed(batch["input_ids"], None, None, None)
+        mask = model._layer_mask(hidden_states, batch["attention_mask"])
+        for m in range(1, int(exits.max()) + 1):
+            hidden_states = model._run_layer(m, hidden_states, mask)
+            model._run_exit(m, hidden_states).softmax(dim=-1).amax().item()
+
+
+def ours(model, workload: Workload) -> None:
+    for position, batch in enumerate(workload.batches):
+        model(**batch, exit_policy=workload.policy(position))
+
+
+def full_depth(model, workload: Workload) -> None:
+    for batch in workload.batches:
+        model(**batch)
+
+
+def token_price(model: GamlBertForSequenceClassification) -> float:
+    """Seconds of a token in a layer, in a large batch without padding, by this model's kernels."""
+    layout = Layout(torch.ones(16, 32, dtype=torch.bool), torch.device("cpu"))
+    tokens = layout.pack(torch.randn(16, 32, model.config.hidden_size).to(model.dtype))
+    layer = model.bert.encoder.layer[0]
+    run_layer(layer, tokens, layout.rows)
+    started = time.perf_counter()
+    for _ in range(3):
+        run_layer(layer, tokens, layout.rows)
+    return (time.perf_counter() - started) / 3 / len(tokens)
+
+
+def needed_tokens(workload: Workload) -> int:
+    """Tokens times layers that the rows needed."""
+    return sum(
+        int((batch["attention_mask"].sum(dim=1) * exits).sum())
+        for batch, exits in zip(workload.batches, workload.exits, strict=True)
+    )
+
+
+def make_systems(options: argparse.Namespace) -> dict[str, tuple[Callable, object]]:
+    """By name: what runs a workload, and its model. The first is what the others are compared with."""
+    model = GamlBertForSequenceClassification(GamlBertConfig(num_hidden_layers=options.layers)).eval()
+    eager = BertForSequenceClassification(BertConfig(num_hidden_layers=options.layers, attn_implementation="eager"))
+    half = BertForSequenceClassification(
+        BertConfig(num_hidden_layers=options.layers // 2, attn_implementation="eager")
+    )
+    systems: dict[str, tuple[Callable, object]] = {
+        "HF BERT, eager": (full_depth, eager.eval()),
+        "HF BERT, sdpa": (
+            full_depth,
+            BertForSequenceClassification(BertConfig(num_hidden_layers=options.layers)).eval(),
+        ),
+        "HF BERT, half the layers": (full_depth, half.eval()),
+        "row by row, stock layers": (stock_loop, model),
+        "batch waits, stock layers": (waiting, model),
+        "ours": (ours, model),
+        "ours, prepacked": (ours, copy.deepcopy(model).prepack()),
+    }
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        systems["ours, bf16 prepacked"] = (ours, copy.deepcopy(model).to(torch.bfloat16).prepack())
+    if options.compile:
+        compiled = copy.deepcopy(model)
+        compiled.compile()
+        systems["ours, compiled"] = (ours, compiled)
+    return {name: system for name, system in systems.items() if not options.systems or name in options.systems}
+
+
+# ------------------------------------------------------------------------------------------------------- measuring
+
+
+def measure(systems: dict[str, tuple[Callable, object]], workload: Workload, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each system in each round, after a warm-up round."""
+    seconds: dict[str, list[float]] = {name: [] for name in systems}
+    for round_ in range(rounds + 1):
+        # The order alternates: whoever comes second finds warmer caches.
+        for name in sorted(systems, reverse=bool(round_ % 2)):
+            run, model = systems[name]
+            started = time.perf_counter()
+            run(model, workload)
+            if round_:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def ratios(seconds: dict[str, list[float]], name: str, base: str) -> list[float]:
+    return [theirs / own for theirs, own in zip(seconds[base], seconds[name], strict=True)]
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", nargs="+", default=["32", "64", "128", "sst2"], help="tokens, or sst2 or mrpc")
+    parser.add_argument("--batch_sizes", nargs="+", type=int, default=[1, 8, 32, 128])
+    parser.add_argument("--exits", nargs="+", default=["3", "6", "9", "12", "mixed"])
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--rows", type=int, default=8, help="rows of a workload, at least one batch")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compile", action="store_true", help="our layers under torch.compile, too")
+    parser.add_argument("--systems", nargs="+", help="only these; the first named is the base")
+    parser.add_argument("--checkpoint", help="a trained GAML-BERT, in place of random weights")
+    parser.add_argument("--data", help="with --checkpoint: texts, csv or parquet")
+    parser.add_argument("--text_columns", nargs="+", default=["sentence"])
+    parser.add_argument("--output", type=Path, help="a JSON with every round")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    transformers.logging.set_verbosity_error()
+
+    print(f"{date.today()}, {platform.processor() or platform.machine()}, {options.threads} thread(s); ", end="")
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}; {vars(options)}")
+    results = []
+    with torch.inference_mode():
+        systems, workloads = (
+            trained(options) if options.checkpoint else (make_systems(options), make_workloads(options))
+        )
+        base = next(iter(systems))
+        prices = {
+            name: token_price(model)
+            for name, (_, model) in systems.items()
+            if isinstance(model, GamlBertForSequenceClassification)
+        }
+        for workload in workloads:
+            tokens = sum(int(batch["attention_mask"].sum()) for batch in workload.batches)
+            padded = sum(batch["attention_mask"].numel() for batch in workload.batches)
+            mean_exit = torch.cat(workload.exits).double().mean()
+            print(
+                f"\n{workload.name}: {tokens} tokens, {padded} padded; mean exit {mean_exit:.2f}, "
+                f"speed-up in layers {options.layers / mean_exit:.2f}"
+            )
+            seconds = measure(systems, workload, options.rounds)
+            for name in systems:
+                share = ""
+                if name in prices and name.startswith("ours"):
+                    share = (
+                        f"{prices[name] * needed_tokens(workload) / statistics.median(seconds[name]):.0%} of the ideal"
+                    )
+                print(f"  {name:28} {spread(ratios(seconds, name, base)):>24}  {share}", flush=True)
+            results.append({"workload": workload.name, "mean_exit": float(mean_exit), "seconds": seconds})
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps({"options": vars(options), "results": results}, indent=1, default=str))
+
+
+def trained(options: argparse.Namespace) -> tuple[dict[str, tuple[Callable, object]], list[Workload]]:
+    """A trained model and its own exit policy on real texts; plain BERT with its encoder as the base."""
+    from datasets import load_dataset
+
+    model = GamlBertForSequenceClassification.from_pretrained(options.checkpoint).eval()
+    tokenizer = AutoTokenizer.from_pretrained(options.checkpoint)
+    options.layers = model.config.num_hidden_layers
+    policy = policy_from_config(model.config)
+    suffix = Path(options.data).suffix[1:]
+    rows = load_dataset(suffix, data_files=options.data, split="train").select(range(max(options.batch_sizes) * 2))
+    texts = [list(rows[column]) for column in options.text_columns]
+    workloads = []
+    for batch_size in options.batch_sizes:
+        batches = [
+            dict(
+                tokenizer(
+                    *(column[start : start + batch_size] for column in texts),
+                    padding=True,
+                    truncation=True,
+                    max_length=128,
+                    return_tensors="pt",
+                )
+            )
+            for start in range(0, len(rows), batch_size)
+        ]
+        exits = [model(**batch, exit_policy=policy).exit_layer for batch in batches]
+        workload = Workload(f"{Path(options.data).name}, batch {batch_size}, {policy.name}", batches, exits)
+        workload.policy = lambda position: policy
+        workloads.append(workload)
+    fields = {key: value for key, value in model.config.to_dict().items() if key in BertConfig().to_dict()}
+    plain = BertForSequenceClassification(BertConfig(**fields | {"model_type": "bert"}, attn_implementation="eager"))
+    plain.bert.load_state_dict(model.bert.state_dict(), strict=False)
+    systems = {
+        "HF BERT, eager": (full_depth, plain.eval()),
+        "row by row, stock layers": (stock_loop, model),
+        "batch waits, stock layers": (waiting, model),
+        "ours, all layers": (
+            lambda model, workload: [model(**b, exit_policy=FullDepth()) for b in workload.batches],
+            model,
+        ),
+        "ours": (ours, model),
+        "ours, prepacked": (ours, copy.deepcopy(model).prepack()),
+    }
+    return systems, workloads
+
+
+if __name__ == "__main__":
+    main()
