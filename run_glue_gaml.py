@@ -515,7 +515,7 @@ def main(argv: list[str] | None = None) -> dict:
             "datasets": datasets.__version__,
         },
         "date": time.strftime("%Y-%m-%d"),
-        "hardware": f"{training_args.device.type}, {torch.get_num_threads()} thread(s)"
+        "hardware": f"{training_args.device.type}, threads: {torch.get_num_threads()}"
         if training_args.device.type == "cpu"
         else torch.cuda.get_device_name(training_args.device),
         "rows": {
