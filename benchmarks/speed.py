@@ -18,11 +18,15 @@ the last layer of a row runs for [CLS] alone.
 
 import argparse
 import copy
+import importlib.util
 import itertools
 import json
+import logging
 import platform
 import statistics
+import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
@@ -103,9 +107,10 @@ def make_workloads(options: argparse.Namespace) -> list[Workload]:
             if exit_at == "mixed":
                 if batch_size == 1 and length not in QUANTILES:
                     continue
-                exits = [torch.from_numpy(rng.choice(12, size=batch_size, p=EXIT_SHARES) + 1) for _ in made]
+                drawn = [torch.from_numpy(rng.choice(12, size=batch_size, p=EXIT_SHARES) + 1) for _ in made]
+                exits = [exits.clamp(max=options.layers) for exits in drawn]
             else:
-                if batch_size > 1 and exit_at != "12":
+                if batch_size > 1 and int(exit_at) != options.layers:
                     continue  # all rows at one layer: batch 1 tells as much
                 exits = [torch.full((batch_size,), int(exit_at)) for _ in made]
             workloads.append(Workload(f"{length} tokens, batch {batch_size}, exit {exit_at}", made, exits))
@@ -166,7 +171,37 @@ def needed_tokens(workload: Workload) -> int:
     )
 
 
-def make_systems(options: argparse.Namespace) -> dict[str, tuple[Callable, object]]:
+def one_graph(model: BertForSequenceClassification, folder: Path, precision: str, threads: int):
+    """Plain BERT as one ONNX graph, as an ONNX Runtime user has it: exported, optimized or quantized by its tools."""
+    import onnxruntime
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    path = folder / "bert.onnx"
+    if not path.exists():
+        names, axes = ["input_ids", "attention_mask"], {0: "batch_size", 1: "length"}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the exporter that needs no further package calls itself old
+            torch.onnx.export(
+                model,
+                tuple(make_batch(np.array([9, 7])).values()),
+                str(path),
+                input_names=names,
+                output_names=["logits"],
+                dynamic_axes=dict.fromkeys(names, axes) | {"logits": {0: "batch_size"}},
+                opset_version=17,
+                dynamo=False,
+            )
+    if precision == "int8":
+        logging.getLogger().setLevel(logging.ERROR)
+        quantize_dynamic(path, folder / "int8.onnx", weight_type=QuantType.QInt8)
+        path = folder / "int8.onnx"
+    session_options = onnxruntime.SessionOptions()
+    session_options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(path, session_options, providers=["CPUExecutionProvider"])
+    return lambda **batch: session.run(None, {name: tensor.numpy() for name, tensor in batch.items()})
+
+
+def make_systems(options: argparse.Namespace, folder: Path) -> dict[str, tuple[Callable, object]]:
     """By name: what runs a workload, and its model. The first is what the others are compared with."""
     model = GamlBertForSequenceClassification(GamlBertConfig(num_hidden_layers=options.layers)).eval()
     eager = BertForSequenceClassification(BertConfig(num_hidden_layers=options.layers, attn_implementation="eager"))
@@ -187,6 +222,18 @@ def make_systems(options: argparse.Namespace) -> dict[str, tuple[Callable, objec
     }
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
         systems["ours, bf16 prepacked"] = (ours, copy.deepcopy(model).to(torch.bfloat16).prepack())
+    if importlib.util.find_spec("onnxruntime"):
+        from gaml_hf.ort import GamlOrtModelForSequenceClassification, export_onnx
+
+        for precision in ("fp32", "int8"):
+            graph = one_graph(eager, folder, precision, options.threads)
+            systems[f"ONNX Runtime BERT, {precision}"] = (full_depth, graph)
+        for precision in ("fp32", "int8"):
+            export_onnx(model, folder / precision, precision=precision)
+            session = GamlOrtModelForSequenceClassification.from_pretrained(
+                folder / precision, num_threads=options.threads
+            )
+            systems[f"ours, ONNX Runtime {precision}"] = (ours, session)
     if options.compile:
         compiled = copy.deepcopy(model)
         compiled.compile()
@@ -219,7 +266,7 @@ def spread(values: list[float]) -> str:
     return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", nargs="+", default=["32", "64", "128", "sst2"], help="tokens, or sst2 or mrpc")
     parser.add_argument("--batch_sizes", nargs="+", type=int, default=[1, 8, 32, 128])
@@ -235,7 +282,7 @@ def main() -> None:
     parser.add_argument("--data", help="with --checkpoint: texts, csv or parquet")
     parser.add_argument("--text_columns", nargs="+", default=["sentence"])
     parser.add_argument("--output", type=Path, help="a JSON with every round")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     transformers.logging.set_verbosity_error()
@@ -243,10 +290,11 @@ def main() -> None:
     print(f"{date.today()}, {platform.processor() or platform.machine()}, {options.threads} thread(s); ", end="")
     print(f"torch {torch.__version__}, transformers {transformers.__version__}; {vars(options)}")
     results = []
-    with torch.inference_mode():
-        systems, workloads = (
-            trained(options) if options.checkpoint else (make_systems(options), make_workloads(options))
-        )
+    with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
+        if options.checkpoint:
+            systems, workloads = trained(options)
+        else:
+            systems, workloads = make_systems(options, Path(folder)), make_workloads(options)
         base = next(iter(systems))
         prices = {
             name: token_price(model)

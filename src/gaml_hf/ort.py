@@ -1,0 +1,478 @@
+"""
+The CPU runtime: a trained model as ONNX segments, one per layer with its exit, run by ONNX Runtime in fp32 or int8.
+
+A graph cannot be left in its middle, so the model is cut where rows may leave: the policy decides between two
+segments, and the next one is given only the rows that stay. Needs `pip install gaml_hf[onnx]`.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+from uuid import uuid4
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .configuration_gaml_bert import GamlBertConfig
+from .exiting_gaml import Budgeted, ExitPolicy, policy_from_config
+from .modeling_gaml_bert import GamlBertForSequenceClassification, GamlSequenceClassifierOutput
+
+
+OPSET = 17  # the first with LayerNormalization
+IR_VERSION = 8  # what every ONNX Runtime that knows OPSET can read
+ACTIVATIONS = {"gelu": "Gelu", "gelu_new": "FastGelu", "gelu_pytorch_tanh": "FastGelu", "relu": "Relu"}
+# ONNX Runtime's own operators, among them those that its optimizer would otherwise have to find.
+CONTRIB = {"Gelu", "FastGelu", "MatMulIntegerToFloat", "SkipLayerNormalization", "MultiHeadAttention"}
+
+
+def segment_files(config: GamlBertConfig) -> list[str]:
+    """Names of an export's graphs, in the order in which they run."""
+    return ["embeddings.onnx", *(f"layer_{m}.onnx" for m in range(1, config.num_hidden_layers + 1))]
+
+
+# Export
+
+
+def export_onnx(
+    model: GamlBertForSequenceClassification,
+    folder: str | os.PathLike,
+    *,
+    precision: Literal["fp32", "int8"] = "fp32",
+    tokenizer: Any = None,
+) -> Path:
+    """
+    Write a model as ONNX segments: the embeddings, and each layer with its exit.
+
+    With `"int8"` the matrices of the layers become 8-bit integers, one scale per output channel, and activations are
+    quantized as they come (dynamic quantization). Embeddings, LayerNorm, softmax and the exits stay in fp32.
+
+    Args:
+        model ([`GamlBertForSequenceClassification`]): trained; read in fp32, and left as it was.
+        folder (`str` or `os.PathLike`): where to, a new folder; it appears whole, in one rename.
+        precision (`str`, *optional*, defaults to `"fp32"`): `"fp32"` or `"int8"`.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): saved beside the model.
+
+    Returns:
+        `Path`: the folder, for [`GamlOrtModelForSequenceClassification.from_pretrained`].
+
+    Raises:
+        ValueError: the folder exists, or `precision` or the model's activation is not one of those known.
+        ImportError: the packages `onnx` and `onnxruntime` are not installed.
+    """
+    onnx, _ = _import_onnx()
+    folder = Path(folder)
+    if precision not in ("fp32", "int8"):
+        raise ValueError(f"`precision` must be 'fp32' or 'int8'. Got `precision={precision!r}`.")
+    if model.config.hidden_act not in ACTIVATIONS:
+        raise ValueError(
+            f"`hidden_act` of the model must be one of {sorted(ACTIVATIONS)} to be exported. "
+            f"Got `hidden_act={model.config.hidden_act!r}`."
+        )
+    opsets = [onnx.helper.make_opsetid("", OPSET), onnx.helper.make_opsetid("com.microsoft", 1)]
+    with _new_folder(folder) as stage:
+        model.config.to_json_file(stage / "config.json")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(stage)
+        for m, name in enumerate(segment_files(model.config)):
+            graph = _layer_graph(model, m, precision) if m else _embeddings_graph(model)
+            segment = onnx.helper.make_model(
+                graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="gaml_hf"
+            )
+            onnx.helper.set_model_props(segment, {"precision": precision})
+            onnx.save(segment, stage / name)
+    return folder
+
+
+class _Graph:
+    """Collects the nodes and weights of one segment."""
+
+    def __init__(self, precision: str = "fp32"):
+        self.precision = precision
+        self.nodes, self.weights = [], []
+
+    def weight(self, name: str, value: Tensor | np.ndarray) -> str:
+        import onnx
+
+        if isinstance(value, Tensor):
+            value = value.detach().to("cpu", torch.float32).numpy()
+        self.weights.append(onnx.numpy_helper.from_array(value.copy(order="C"), name))
+        return name
+
+    def node(self, op: str, inputs: list[str], *outputs: str, **attributes) -> str:
+        import onnx
+
+        domain = "com.microsoft" if op in CONTRIB else ""
+        self.nodes.append(onnx.helper.make_node(op, inputs, outputs, name=outputs[0], domain=domain, **attributes))
+        return outputs[0]
+
+    def linear(self, name: str, layer: torch.nn.Linear, x: str, bias: bool = True) -> str:
+        """`x @ W.T + b`, and without `bias` the product alone. In int8, W has a scale for each row."""
+        bias_input = [self.weight(f"{name}.bias", layer.bias)] if bias else []
+        if self.precision == "fp32":
+            product = f"{name}.product" if bias else name
+            self.node("MatMul", [x, self.weight(f"{name}.weight", layer.weight.T)], product)
+            return self.node("Add", [product, *bias_input], name) if bias else product
+        quantized = [f"{x}.quantized", f"{x}.scale", f"{x}.zero_point"]
+        if not any(quantized[0] in node.output for node in self.nodes):  # keys and values share it
+            self.node("DynamicQuantizeLinear", [x], *quantized)
+        weight = layer.weight.detach().to("cpu", torch.float32)
+        scale = weight.abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny) / 127
+        integers = (weight / scale[:, None]).round().to(torch.int8).T.contiguous().numpy()
+        inputs = [quantized[0], self.weight(f"{name}.weight", integers), quantized[1]]
+        inputs += [self.weight(f"{name}.weight_scale", scale), quantized[2], "", *bias_input]
+        return self.node("MatMulIntegerToFloat", inputs, name)
+
+    def build(self, name: str, inputs: dict[str, tuple], outputs: dict[str, list]) -> Any:
+        import onnx
+
+        def info(values):
+            return [onnx.helper.make_tensor_value_info(key, *value) for key, value in values.items()]
+
+        outputs = {key: (onnx.TensorProto.FLOAT, shape) for key, shape in outputs.items()}
+        return onnx.helper.make_graph(self.nodes, name, info(inputs), info(outputs), self.weights)
+
+
+def _embeddings_graph(model: GamlBertForSequenceClassification) -> Any:
+    import onnx
+
+    part, graph = model.bert.embeddings, _Graph()
+    word = graph.node("Gather", [graph.weight("word_embeddings", part.word_embeddings.weight), "input_ids"], "word")
+    token_type = graph.node(
+        "Gather",
+        [graph.weight("token_type_embeddings", part.token_type_embeddings.weight), "token_type_ids"],
+        "token_type",
+    )
+    shape = graph.node("Shape", ["input_ids"], "length", start=1, end=2)  # (1,)
+    position = graph.node(
+        "Slice",
+        [
+            graph.weight("position_embeddings", part.position_embeddings.weight),
+            graph.weight("zero", np.array([0])),
+            shape,
+        ],
+        "position",
+    )  # (sequence_length, hidden_size)
+    total = graph.node("Add", [graph.node("Add", [word, token_type], "word_and_type"), position], "sum")
+    graph.node(
+        "LayerNormalization",
+        [
+            total,
+            graph.weight("norm.weight", part.LayerNorm.weight),
+            graph.weight("norm.bias", part.LayerNorm.bias),
+        ],
+        "hidden_states",
+        epsilon=part.LayerNorm.eps,
+    )
+    ids = (onnx.TensorProto.INT64, ["batch_size", "length"])
+    return graph.build(
+        "embeddings",
+        {"input_ids": ids, "token_type_ids": ids},
+        {"hidden_states": ["batch_size", "length", model.config.hidden_size]},
+    )
+
+
+def _layer_graph(model: GamlBertForSequenceClassification, m: int, precision: str) -> Any:
+    """
+    Layer m and, if it has one, its exit.
+
+    `num_queries` says for how many tokens, from the left, the layer is computed: all of them, or 1 where only [CLS] is
+    needed any more. Keys and values are of all tokens in any case.
+    """
+    import onnx
+
+    config, layer, graph = model.config, model.bert.encoder.layer[m - 1], _Graph(precision)
+    attention, size = layer.attention.self, config.hidden_size
+    queried = graph.node(
+        "Slice",
+        ["hidden_states", graph.weight("zero", np.array([0])), "num_queries", graph.weight("one", np.array([1]))],
+        "queried",
+    )  # (batch_size, num_queries, hidden_size)
+    context = graph.node(
+        "MultiHeadAttention",
+        [
+            graph.linear("query", attention.query, queried),
+            graph.linear("key", attention.key, "hidden_states"),
+            graph.linear("value", attention.value, "hidden_states"),
+            "",
+            "attention_mask",
+        ],
+        "context",
+        num_heads=config.num_attention_heads,
+        mask_filter_value=float(torch.finfo(torch.float32).min),
+    )
+
+    def add_and_norm(name: str, part: Any, x: str, residual: str) -> str:
+        product = graph.linear(f"{name}.product", part.dense, x, bias=False)
+        norm = [
+            graph.weight(f"{name}.norm.weight", part.LayerNorm.weight),
+            graph.weight(f"{name}.norm.bias", part.LayerNorm.bias),
+            graph.weight(f"{name}.bias", part.dense.bias),
+        ]
+        return graph.node("SkipLayerNormalization", [product, residual, *norm], name, epsilon=part.LayerNorm.eps)
+
+    attended = add_and_norm("attended", layer.attention.output, context, queried)
+    inner = graph.linear("inner", layer.intermediate.dense, attended)
+    inner = graph.node(ACTIVATIONS[config.hidden_act], [inner], "activated")
+    output = add_and_norm("output", layer.output, inner, attended)
+    outputs = {output: ["batch_size", "num_queries_run", size]}
+    if m in config.exit_layers:
+        # Gemm and not MatMul: quantization leaves it alone.
+        state = graph.node("Gather", [output, graph.weight("first", np.array(0))], "cls", axis=1)
+        if config.exit_pooler != "none":
+            pooler = (model.bert.pooler if config.exit_pooler == "shared" else model.exit_poolers[str(m)]).dense
+            pooler_weights = [graph.weight("pooler.weight", pooler.weight), graph.weight("pooler.bias", pooler.bias)]
+            state = graph.node("Tanh", [graph.node("Gemm", [state, *pooler_weights], "pooler", transB=1)], "pooled")
+        exit_ = model.exit_classifiers[str(m)]
+        exit_weights = [graph.weight("exit.weight", exit_.weight), graph.weight("exit.bias", exit_.bias)]
+        graph.node("Gemm", [state, *exit_weights], "exit_logits", transB=1)
+        outputs["exit_logits"] = ["batch_size", config.num_labels]
+    return graph.build(
+        f"layer_{m}",
+        {
+            "hidden_states": (onnx.TensorProto.FLOAT, ["batch_size", "length", size]),
+            "attention_mask": (onnx.TensorProto.INT32, ["batch_size", "length"]),
+            "num_queries": (onnx.TensorProto.INT64, [1]),
+        },
+        outputs,
+    )
+
+
+# Run
+
+
+class GamlOrtModelForSequenceClassification:
+    """
+    A GAML-BERT that runs in ONNX Runtime on a CPU: the calls, outputs and exits of
+    [`GamlBertForSequenceClassification`] in evaluation mode, for inference alone.
+
+    Works as the `model` of [`GamlTextClassificationPipeline`]. Threads may share one; a pickle of it holds the path of
+    the export, not the weights.
+
+    In fp32, rows that leave are dropped between layers, and the padding that none of the others needs is cut. In int8,
+    rows run one by one without their padding: activations are quantized with one scale for all that runs together, so
+    a row's answer would depend on its neighbours. A layer behind which no row goes on (the last one, or the budgeted
+    exit) is computed for [CLS] alone.
+
+    Make one with `from_pretrained`.
+    """
+
+    main_input_name = "input_ids"
+    input_modalities = ("text",)
+    training = False
+    device = torch.device("cpu")
+    dtype = torch.float32  # of hidden states and logits, in int8 too
+
+    # The same errors for the same input.
+    _check_inputs = GamlBertForSequenceClassification._check_inputs
+    _check_range = staticmethod(GamlBertForSequenceClassification._check_range)
+
+    def __init__(self, folder: Path, config: GamlBertConfig, num_threads: int):
+        _, onnxruntime = _import_onnx()
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = num_threads
+        # Each session has threads of its own. They must not wait busily while another session has its turn.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        self.folder, self.config, self.num_threads = folder, config, num_threads
+        self._segments = [
+            onnxruntime.InferenceSession(folder / name, options, providers=["CPUExecutionProvider"])
+            for name in segment_files(config)
+        ]
+        self.precision = self._segments[0].get_modelmeta().custom_metadata_map["precision"]
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, *, num_threads: int | None = None, **config_changes
+    ) -> "GamlOrtModelForSequenceClassification":
+        """
+        Load what [`export_onnx`] wrote.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): the folder of an export.
+            num_threads (`int`, *optional*): of one layer; defaults to `torch.get_num_threads()`.
+            config_changes (*optional*): another exit policy, labels or `exit_temperatures` than the config's.
+
+        Raises:
+            ValueError: the folder is no export, a change is one that needs a new export, or `num_threads` is below 1.
+            ImportError: the packages `onnx` and `onnxruntime` are not installed.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if wrong := sorted(config_changes.keys() - CONFIG_CHANGES):
+            raise ValueError(
+                f"`{wrong[0]}` is not among what an export can change when it is loaded: {', '.join(CONFIG_CHANGES)}. "
+                "Export again with `gaml_hf.ort.export_onnx`."
+            )
+        if not is_export(folder):
+            raise ValueError(
+                "`pretrained_model_name_or_path` must be a folder written by `gaml_hf.ort.export_onnx`. "
+                f"Got `{folder}`, without `config.json` or `embeddings.onnx`."
+            )
+        num_threads = torch.get_num_threads() if num_threads is None else num_threads
+        if type(num_threads) is not int or num_threads < 1:
+            raise ValueError(f"`num_threads` must be a whole number of at least 1. Got `num_threads={num_threads!r}`.")
+        config = GamlBertConfig.from_pretrained(folder, local_files_only=True, **config_changes)
+        if missing := [name for name in segment_files(config) if not (folder / name).is_file()]:
+            raise ValueError(f"The export in `{folder}` is not complete: `{missing[0]}` is missing.")
+        return cls(folder, config, num_threads)
+
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        """Copy the export, with the config as it now is, into a new folder, which appears whole."""
+        folder = Path(save_directory)
+        with _new_folder(folder) as stage:
+            for path in self.folder.iterdir():
+                if path.is_file():
+                    shutil.copyfile(path, stage / path.name)
+            self.config.to_json_file(stage / "config.json")
+
+    def __reduce__(self):
+        return type(self), (self.folder, self.config, self.num_threads)
+
+    # What a pipeline asks of a model.
+
+    def to(self, device: Any = "cpu") -> "GamlOrtModelForSequenceClassification":
+        if torch.device(device).type != "cpu":
+            raise ValueError(f'This model runs on a CPU alone: give the pipeline `device="cpu"`. Got `{device}`.')
+        return self
+
+    def eval(self) -> "GamlOrtModelForSequenceClassification":
+        return self
+
+    def can_generate(self) -> bool:
+        return False
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        *,
+        exit_policy: ExitPolicy | None = None,
+        output_exit_logits: bool = False,
+        return_dict: bool = True,
+    ) -> GamlSequenceClassifierOutput | tuple[Tensor, ...]:
+        """As [`GamlBertForSequenceClassification.forward`], for these inputs, which lie on the CPU."""
+        self._check_inputs(input_ids, None, attention_mask, token_type_ids, None, False)
+        policy = exit_policy or policy_from_config(self.config)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if token_type_ids is None:
+            token_type_ids = torch.zeros_like(input_ids)
+        run = self._run_all_exits if output_exit_logits else self._exit_early
+        inputs = (input_ids, token_type_ids, attention_mask)
+        inputs = [tensor.to(dtype).numpy() for tensor, dtype in zip(inputs, INPUT_TYPES, strict=True)]
+        if self.precision == "int8" and len(input_ids) > 1:
+            rows = [run(*(x[row : row + 1] for x in inputs), policy) for row in range(len(input_ids))]
+            columns = [None if column[0] is None else np.concatenate(column) for column in zip(*rows, strict=True)]
+        else:
+            columns = run(*inputs, policy)
+        logits, exit_layer, exit_logits = (None if x is None else torch.from_numpy(x) for x in columns)
+        output = GamlSequenceClassifierOutput(logits=logits, exit_layer=exit_layer, exit_logits=exit_logits)
+        return output if return_dict else output.to_tuple()
+
+    def _embed(self, input_ids, token_type_ids, mask) -> tuple[np.ndarray, np.ndarray]:
+        """Hidden states and mask, without the columns that are padding in every row."""
+        longest = _longest(mask)
+        ids, types = (np.ascontiguousarray(x[:, :longest]) for x in (input_ids, token_type_ids))
+        (hidden_states,) = self._segments[0].run(None, {"input_ids": ids, "token_type_ids": types})
+        return hidden_states, np.ascontiguousarray(mask[:, :longest])
+
+    def _run_layer(self, m: int, hidden_states, mask, cls_only: bool) -> tuple[np.ndarray, np.ndarray | None]:
+        """Hidden states behind layer m, and the logits of its exit, `(batch_size, num_labels)`, if it has one."""
+        num_queries = np.array([1 if cls_only else hidden_states.shape[1]])
+        feeds = {"hidden_states": hidden_states, "attention_mask": mask, "num_queries": num_queries}
+        hidden_states, *exit_logits = self._segments[m].run(None, feeds)
+        if not exit_logits:
+            return hidden_states, None
+        if self.config.exit_temperatures is not None:
+            exit_logits[0] /= np.float32(self.config.exit_temperatures[self.config.exit_layers.index(m)])
+        return hidden_states, exit_logits[0]
+
+    def _run_all_exits(self, input_ids, token_type_ids, mask, policy) -> tuple[np.ndarray, ...]:
+        hidden_states, mask = self._embed(input_ids, token_type_ids, mask)
+        last, answers = self.config.num_hidden_layers, []
+        for m in range(1, last + 1):
+            hidden_states, answer = self._run_layer(m, hidden_states, mask, cls_only=m == last)
+            if answer is not None:
+                answers.append(answer)
+        exit_logits = np.stack(answers, axis=1)  # (batch_size, num_exits, num_labels)
+        position = policy.replay(torch.from_numpy(exit_logits)).numpy()
+        logits = exit_logits[np.arange(len(position)), position]
+        return logits, np.asarray(self.config.exit_layers)[position], exit_logits
+
+    def _exit_early(self, input_ids, token_type_ids, mask, policy) -> tuple[np.ndarray, np.ndarray, None]:
+        config = self.config
+        hidden_states, mask = self._embed(input_ids, token_type_ids, mask)
+        rows = np.arange(len(mask))  # of the batch, for the rows still there
+        logits = np.empty((len(mask), config.num_labels), dtype=np.float32)
+        exit_layer = np.empty(len(mask), dtype=np.int64)
+        history: list[np.ndarray] = []
+        last = config.num_hidden_layers
+        if isinstance(policy, Budgeted):  # all rows leave there, which saves the decision too
+            last = config.exit_layers[min(policy.num_exits, config.num_exits) - 1]
+        for m in range(1, last + 1):
+            hidden_states, answer = self._run_layer(m, hidden_states, mask, cls_only=m == last)
+            if answer is None:
+                continue
+            # Written for every row still there; a row that stays writes again at a later exit.
+            logits[rows], exit_layer[rows] = answer, m
+            if m == last:
+                break
+            history.append(answer)
+            stay = ~policy(torch.from_numpy(np.stack(history, axis=1))).numpy()
+            if not stay.any():
+                break
+            if not stay.all():
+                rows, mask, history = rows[stay], mask[stay], [past[stay] for past in history]
+                longest = _longest(mask)
+                hidden_states = np.ascontiguousarray(hidden_states[stay, :longest])
+                mask = np.ascontiguousarray(mask[:, :longest])
+        return logits, exit_layer, None
+
+
+INPUT_TYPES = (torch.int64, torch.int64, torch.int32)  # of the graphs
+
+# Read in Python, between the graphs.
+CONFIG_CHANGES = ("exit_strategy", "patience", "budgeted_exit", "exit_threshold", "exit_temperatures", "id2label")
+CONFIG_CHANGES += ("label2id",)
+
+
+def is_export(folder: str | os.PathLike) -> bool:
+    """Whether `folder` is what [`export_onnx`] writes."""
+    return all((Path(folder) / name).is_file() for name in ("config.json", "embeddings.onnx"))
+
+
+def _longest(mask: np.ndarray) -> int:
+    """Tokens of the longest row."""
+    return int(np.flatnonzero(mask.any(axis=0))[-1]) + 1
+
+
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which then becomes `folder` in one rename."""
+    if folder.exists():
+        raise ValueError(f"The folder must be new: an export replaces nothing. Got `{folder}`, which exists.")
+    stage = folder.parent / f".saving-{uuid4().hex}"
+    stage.mkdir(parents=True)
+    try:
+        yield stage
+        stage.rename(folder)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _import_onnx() -> tuple[Any, Any]:
+    try:
+        import onnx
+        import onnxruntime
+    except ImportError as error:
+        raise ImportError(
+            "The CPU runtime needs the packages onnx and onnxruntime: `pip install gaml_hf[onnx]`."
+        ) from error
+    return onnx, onnxruntime
+
+
+__all__ = ["GamlOrtModelForSequenceClassification", "export_onnx"]

@@ -1,0 +1,27 @@
+"""The programs in benchmarks/ run; what they measure is not tested here."""
+
+import json
+
+import torch
+
+from benchmarks import speed
+
+
+def test_speed(tmp_path, capsys):
+    threads = torch.get_num_threads()
+    words = "--layers 2 --rows 2 --rounds 1 --lengths sst2 --batch_sizes 1 3 --exits 1 2 mixed"
+    speed.main([*words.split(), "--output", str(tmp_path / "speed.json")])
+    results = json.loads((tmp_path / "speed.json").read_text())["results"]
+    torch.set_num_threads(threads)
+    printed = capsys.readouterr().out
+    assert [result["workload"] for result in results] == [
+        "sst2 tokens, batch 1, exit 1",
+        "sst2 tokens, batch 1, exit 2",
+        "sst2 tokens, batch 1, exit mixed",
+        "sst2 tokens, batch 3, exit 2",
+        "sst2 tokens, batch 3, exit mixed",
+    ]
+    for result in results:
+        assert result["workload"] in printed
+        assert {len(seconds) for seconds in result["seconds"].values()} == {1}
+        assert {"HF BERT, eager", "ours", "ours, prepacked"} <= result["seconds"].keys()
