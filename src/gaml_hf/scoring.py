@@ -175,7 +175,7 @@ def score_file(
                 predictions = _score_windows(rows, load_classifier(), *settings)
             else:
                 predictions = _score_in_processes(rows, load_classifier, *settings, num_proc, cache, progress)
-            bar = tqdm(predictions, total=total, unit=" rows", disable=not progress or num_proc > 1)
+            bar = iter(tqdm(predictions, total=total, unit=" rows", disable=not progress or num_proc > 1))
             while chunk := list(islice(bar, window)):
                 write(chunk)
                 counts["rows"] += len(chunk)
