@@ -188,7 +188,7 @@ def test_files_in_and_out(load, classifier, tmp_path, source, target):
         assert predictions[i] == {"row": i, **answer, "score": approx(answer["score"], abs=1e-5), "error": None}
 
 
-def test_several_processes_give_the_same_predictions(load, tmp_path):
+def test_several_processes_give_the_same_predictions(load, tmp_path, capfd):
     path = write(tmp_path / "in.parquet", [BAD[2] if i == 2 else text for i, text in enumerate(TEXTS)])
     for num_proc in (1, 2):
         counts = score_file(path, tmp_path / f"{num_proc}.jsonl", load, window=5, num_proc=num_proc, progress=False)
@@ -197,6 +197,7 @@ def test_several_processes_give_the_same_predictions(load, tmp_path):
     for a, b in zip(one, two, strict=True):
         assert a == b | {"score": None if b["score"] is None else approx(b["score"], abs=1e-5)}
     assert [row["row"] for row in two] == list(range(23))
+    assert "Scoring" not in capfd.readouterr().err  # no bar of datasets either
 
 
 @mark.parametrize("num_proc", [1, 2])

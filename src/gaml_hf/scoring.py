@@ -24,7 +24,15 @@ from uuid import uuid4
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from datasets import Dataset, Features, IterableDataset, load_dataset
+from datasets import (
+    Dataset,
+    Features,
+    IterableDataset,
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+    load_dataset,
+)
 from datasets.exceptions import DatasetGenerationError
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
@@ -210,25 +218,32 @@ def _score_in_processes(
         raise ValueError("`num_proc` above 1 needs a file or a `datasets.Dataset`. Got a stream.")
     if len(rows) == 0:
         return
-    scored = rows.select_columns(list(text_columns)).map(
-        partial(
-            _score_batch,
-            load_classifier=load_classifier,
-            text_columns=text_columns,
-            batch_size=batch_size,
-            arguments=arguments,
-        ),
-        with_indices=True,
-        batched=True,
-        batch_size=window,
-        num_proc=min(num_proc, len(rows)),
-        remove_columns=list(text_columns),
-        features=Features.from_arrow_schema(SCHEMA),
-        load_from_cache_file=False,
-        new_fingerprint=uuid4().hex,  # else the pipeline would be pickled to make one
-        cache_file_name=str(Path(cache) / "predictions.arrow"),
-        desc="Scoring" if progress else None,
-    )
+    hide = not progress and not are_progress_bars_disabled()
+    if hide:
+        disable_progress_bars()
+    try:
+        scored = rows.select_columns(list(text_columns)).map(
+            partial(
+                _score_batch,
+                load_classifier=load_classifier,
+                text_columns=text_columns,
+                batch_size=batch_size,
+                arguments=arguments,
+            ),
+            with_indices=True,
+            batched=True,
+            batch_size=window,
+            num_proc=min(num_proc, len(rows)),
+            remove_columns=list(text_columns),
+            features=Features.from_arrow_schema(SCHEMA),
+            load_from_cache_file=False,
+            new_fingerprint=uuid4().hex,  # else the pipeline would be pickled to make one
+            cache_file_name=str(Path(cache) / "predictions.arrow"),
+            desc="Scoring",
+        )
+    finally:
+        if hide:
+            enable_progress_bars()
     for prediction in scored:
         if on_error == "raise" and prediction["error"] is not None:
             raise ValueError(f"Row {prediction['row']}: {prediction['error']}")
