@@ -120,7 +120,7 @@ class _Graph:
         if not any(quantized[0] in node.output for node in self.nodes):  # keys and values share it
             self.node("DynamicQuantizeLinear", [x], *quantized)
         weight = layer.weight.detach().to("cpu", torch.float32)
-        scale = weight.abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny) / 127
+        scale = (weight.abs().amax(dim=1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
         integers = (weight / scale[:, None]).round().to(torch.int8).T.contiguous().numpy()
         inputs = [quantized[0], self.weight(f"{name}.weight", integers), quantized[1]]
         inputs += [self.weight(f"{name}.weight_scale", scale), quantized[2], "", *bias_input]
@@ -220,7 +220,7 @@ def _layer_graph(model: GamlBertForSequenceClassification, m: int, precision: st
     output = add_and_norm("output", layer.output, inner, attended)
     outputs = {output: ["batch_size", "num_queries_run", size]}
     if m in config.exit_layers:
-        # Gemm and not MatMul: quantization leaves it alone.
+        # In fp32 at either precision. A shared pooler is in every layer's graph, for a session holds its own weights.
         state = graph.node("Gather", [output, graph.weight("first", np.array(0))], "cls", axis=1)
         if config.exit_pooler != "none":
             pooler = (model.bert.pooler if config.exit_pooler == "shared" else model.exit_poolers[str(m)]).dense
@@ -343,7 +343,7 @@ class GamlOrtModelForSequenceClassification:
     def can_generate(self) -> bool:
         return False
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(
         self,
         input_ids: Tensor,

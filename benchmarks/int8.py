@@ -1,0 +1,97 @@
+"""
+What ONNX Runtime and int8 change on a trained model: scores, labels and exits, row by row.
+
+    python benchmarks/int8.py --model out/sst2 --rows glue/sst2/validation.parquet --text_columns sentence
+
+Each policy decides on the logits of all exits, computed once for each system; PyTorch in fp32 is what the others are
+compared with.
+"""
+
+import argparse
+import copy
+import platform
+import tempfile
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import torch
+from datasets import load_dataset
+from transformers import AutoTokenizer
+
+from gaml_hf import GamlBertForSequenceClassification
+from gaml_hf.evaluation import layer_speed_up, replay, score_exits, sweep
+from gaml_hf.ort import GamlOrtModelForSequenceClassification, export_onnx
+
+
+def accuracy(predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
+    return {"accuracy": float((predictions == references).mean())}
+
+
+def exit_logits(model, tokenizer, texts: list[tuple[str, ...]]) -> np.ndarray:
+    """Logits of every exit, `(num_rows, num_exits, num_labels)`, text by text."""
+    rows = []
+    for text in texts:
+        inputs = tokenizer(*text, truncation=True, max_length=128, return_tensors="pt")
+        with torch.inference_mode():
+            rows.append(model(**inputs, output_exit_logits=True).exit_logits)
+    return torch.cat(rows).numpy()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="a trained checkpoint folder")
+    parser.add_argument("--rows", required=True, help="a parquet file with texts and labels")
+    parser.add_argument("--text_columns", nargs="+", default=["sentence"])
+    parser.add_argument("--label_column", default="label")
+    parser.add_argument("--target_speed_up", type=float, default=1.9, help="policies are compared near this speed-up")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+
+    rows = load_dataset("parquet", data_files=options.rows, split="train")
+    labels = np.array(rows[options.label_column])
+    texts = list(zip(*(rows[column] for column in options.text_columns), strict=True))
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    model = GamlBertForSequenceClassification.from_pretrained(options.model).eval()
+    config = model.config
+    with tempfile.TemporaryDirectory() as folder:
+        systems = {"PyTorch fp32": model}
+        sizes = {}
+        for precision in ("fp32", "int8"):
+            path = export_onnx(model, Path(folder) / precision, precision=precision)
+            name = f"ONNX Runtime {precision}"
+            sizes[name] = sum(file.stat().st_size for file in path.glob("layer_*.onnx")) / 2**20
+            systems[name] = GamlOrtModelForSequenceClassification.from_pretrained(path)
+        logits = {name: exit_logits(system, tokenizer, texts) for name, system in systems.items()}
+
+    print(f"{date.today()}, {platform.platform()}; torch {torch.__version__}, ", end="")
+    print(f"onnxruntime {onnxruntime.__version__}; {len(labels)} rows; MiB of the layers: {sizes}")
+    reference = logits["PyTorch fp32"]
+    print(f"\naccuracy of each exit {config.exit_layers}, and the largest difference of a logit")
+    for name, values in logits.items():
+        scores = [f"{s['accuracy']:.4f}" for s in score_exits(values, labels, config.exit_layers, accuracy).values()]
+        print(f"{name:20} {' '.join(scores)}   {np.abs(values - reference).max():.1e}")
+
+    policies = {"the config's": config}
+    for strategy in ("entropy", "patience"):
+        points = sweep(reference, labels, config, strategy, accuracy, "accuracy")
+        near = min(points, key=lambda point: abs(point.speed_up - options.target_speed_up))
+        changed = copy.copy(config)
+        vars(changed).update(near.config_fields())
+        policies[f"{strategy} {near.parameter:.4g}"] = changed
+    print("\npolicy, system, accuracy, speed-up in layers, rows with another exit, rows with another label")
+    for policy, changed in policies.items():
+        base_label, base_exit = replay(reference, changed)
+        for name, values in logits.items():
+            label, exit_layer = replay(values, changed)
+            score = accuracy(label, labels)["accuracy"]
+            speed_up = layer_speed_up(exit_layer, config.num_hidden_layers)
+            print(
+                f"{policy:20} {name:20} {score:.4f} {speed_up:.3f} {(exit_layer != base_exit).mean():.2%} "
+                f"{(label != base_label).mean():.2%}"
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,369 @@
+"""
+Predictions for many rows: a dataset or a file in, one prediction per row out, in the same order.
+
+    gaml-score --model path/to/checkpoint --input rows.csv --output predictions.parquet --text_columns sentence
+
+Rows are read a window at a time and sorted by length inside it, so that a batch holds little padding. No more than one
+window is held in memory, however long the file.
+"""
+
+import argparse
+import csv
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import lru_cache, partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+from uuid import uuid4
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from datasets import (
+    Dataset,
+    Features,
+    IterableDataset,
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+    load_dataset,
+)
+from datasets.exceptions import DatasetGenerationError
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer
+
+from .modeling_gaml_bert import GamlBertForSequenceClassification
+from .ort import GamlOrtModelForSequenceClassification
+from .pipeline_gaml import EXIT_FIELDS, GamlTextClassificationPipeline
+
+
+BUILDERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+WINDOW = 4096  # rows
+
+# What is told of a row. `row` counts from 0; a bad row has an `error`, and no answer.
+SCHEMA = pa.schema(
+    {
+        "row": pa.int64(),
+        "label": pa.string(),
+        "score": pa.float64(),
+        "exit_layer": pa.int64(),
+        "truncated": pa.bool_(),
+        "error": pa.string(),
+    }
+)
+
+
+def score_rows(
+    rows: Iterable[Mapping[str, Any]],
+    classifier: GamlTextClassificationPipeline,
+    *,
+    text_columns: Sequence[str] = ("text",),
+    batch_size: int = 32,
+    window: int = WINDOW,
+    on_error: str = "skip",
+    **arguments: Any,
+) -> Iterator[dict[str, Any]]:
+    """
+    Predictions, one for each row, in the order of the rows, as they are consumed.
+
+    Args:
+        rows (`datasets.Dataset`, `datasets.IterableDataset` or any iterable of `dict`): read once, `window` at a time.
+        classifier ([`GamlTextClassificationPipeline`]): it checks the rows and answers them.
+        text_columns (`list[str]`, *optional*, defaults to `["text"]`): the one or two columns that hold text.
+        batch_size (`int`, *optional*, defaults to 32): rows that run together.
+        window (`int`, *optional*, defaults to 4096): rows that are read ahead and sorted by length.
+        on_error (`str`, *optional*, defaults to `"skip"`):
+            `"skip"`: a bad row is answered by its error. `"raise"`: it ends the run.
+        arguments (*optional*): of the pipeline, for these rows: `exit_strategy`, `patience`, `max_length`, ...
+
+    Returns:
+        An iterator of `dict`: `row` (from 0), `label`, `score`, `exit_layer`, `truncated`, and `error`, which is None
+        unless the row is bad; then the others are.
+
+    Raises:
+        ValueError: an argument is out of range, or a dataset lacks a text column; with `on_error="raise"`, a row is
+            bad.
+    """
+    _check_arguments(text_columns, batch_size, window, on_error)
+    if isinstance(rows, (Dataset, IterableDataset)):
+        _check_columns(text_columns, rows.column_names)
+    return _score_windows(rows, classifier, text_columns, batch_size, window, on_error, arguments)
+
+
+def _score_windows(rows, classifier, text_columns, batch_size, window, on_error, arguments):
+    rows, start = iter(rows), 0
+    while chunk := list(islice(rows, window)):
+        if start == 0:  # a stream may not know its columns before
+            _check_columns(text_columns, list(dict.fromkeys(name for row in chunk for name in row)))
+        predictions = _score_window(chunk, start, classifier, text_columns, batch_size, arguments)
+        for prediction in predictions:
+            if on_error == "raise" and prediction["error"] is not None:
+                raise ValueError(f"Row {prediction['row']}: {prediction['error']}")
+            yield prediction
+        start += len(chunk)
+
+
+def _score_window(chunk, start, classifier, text_columns, batch_size, arguments) -> list[dict[str, Any]]:
+    """Predictions for the rows of `chunk`, the first of which has the number `start`."""
+    inputs = [_input(row, text_columns) for row in chunk]
+    # Characters stand in for tokens, which would cost a second pass of the tokenizer.
+    order = sorted(range(len(inputs)), key=lambda i: sum(len(t) for t in inputs[i].values() if isinstance(t, str)))
+    answers = classifier([inputs[i] for i in order], batch_size=batch_size, **arguments, on_error="skip")
+    predictions: list[dict[str, Any]] = [{}] * len(chunk)
+    for i, answer in zip(order, answers, strict=True):
+        if isinstance(answer, list):  # of a pipeline made with `top_k`, best first
+            answer = answer[0]
+        # The pipeline numbers the rows as it sees them, sorted.
+        error = answer["error"].partition(": ")[2] if "error" in answer else None
+        predictions[i] = {"row": start + i, **answer, "error": error}
+    return predictions
+
+
+def _input(row: Mapping[str, Any], text_columns: Sequence[str]) -> dict[str, Any]:
+    return {name: row.get(column) for name, column in zip(("text", "text_pair"), text_columns, strict=False)}
+
+
+def score_file(
+    source: str | os.PathLike | Dataset | IterableDataset,
+    target: str | os.PathLike,
+    load_classifier: Callable[[], GamlTextClassificationPipeline],
+    *,
+    text_columns: Sequence[str] = ("text",),
+    batch_size: int = 32,
+    window: int = WINDOW,
+    on_error: str = "skip",
+    num_proc: int = 1,
+    progress: bool = True,
+    **arguments: Any,
+) -> dict[str, int]:
+    """
+    Score a file or a dataset, and write the predictions to a file.
+
+    `target` appears when it is complete: it is written under another name beside it, and then renamed.
+
+    Args:
+        source (`str`, `os.PathLike`, `datasets.Dataset` or `datasets.IterableDataset`):
+            A csv, json, jsonl or parquet file, which is streamed and may be larger than the memory, or a dataset.
+        target (`str` or `os.PathLike`): a csv, jsonl or parquet file; one that is there is replaced.
+        load_classifier (`Callable`): makes the pipeline; each process calls it once. It must be picklable where
+            `num_proc` is above 1.
+        num_proc (`int`, *optional*, defaults to 1):
+            Processes. More than one go through `datasets.map`, which needs the rows on disk: a file is copied into a
+            temporary cache first.
+        progress (`bool`, *optional*, defaults to `True`): show a progress bar.
+        text_columns, batch_size, window, on_error, arguments: as in [`score_rows`].
+
+    Returns:
+        `dict[str, int]`: `rows`, and how many of them were `skipped`.
+
+    Raises:
+        ValueError: as in [`score_rows`]; a file is missing, of another kind, or cannot be read.
+    """
+    _check_arguments(text_columns, batch_size, window, on_error)
+    if type(num_proc) is not int or num_proc < 1:
+        raise ValueError(f"`num_proc` must be a whole number of at least 1. Got `num_proc={num_proc!r}`.")
+    target = Path(target)
+    if target.suffix not in (".csv", ".jsonl", ".parquet"):
+        raise ValueError(f"`target` must end in .csv, .jsonl or .parquet. Got `{target}`.")
+    counts = {"rows": 0, "skipped": 0}
+    with tempfile.TemporaryDirectory(prefix="gaml_score-") as cache, _writer(target) as write:
+        try:
+            rows = source
+            if not isinstance(source, (Dataset, IterableDataset)):
+                rows = _open(source, streaming=num_proc == 1, cache_dir=cache)
+            _check_columns(text_columns, rows.column_names)
+            total = len(rows) if isinstance(rows, Dataset) else None
+            settings = (text_columns, batch_size, window, on_error, arguments)
+            if num_proc == 1:
+                predictions = _score_windows(rows, load_classifier(), *settings)
+            else:
+                predictions = _score_in_processes(rows, load_classifier, *settings, num_proc, cache, progress)
+            bar = iter(tqdm(predictions, total=total, unit=" rows", disable=not progress or num_proc > 1))
+            while chunk := list(islice(bar, window)):
+                write(chunk)
+                counts["rows"] += len(chunk)
+                counts["skipped"] += sum(prediction["error"] is not None for prediction in chunk)
+        except (DatasetGenerationError, pa.ArrowException) as error:
+            raise ValueError(f"`source` could not be read, {source}: {error.__cause__ or error}") from error
+    return counts
+
+
+def _open(path: str | os.PathLike, streaming: bool, cache_dir: str) -> Dataset | IterableDataset:
+    path = Path(path)
+    if path.suffix not in BUILDERS:
+        raise ValueError(f"`source` must end in {', '.join(BUILDERS)}. Got `{path}`.")
+    if not path.is_file():
+        raise ValueError(f"`source` must be a file. Got `{path}`, which is not there.")
+    # A text may be "NA", "null" or "None"; an empty one is a bad row, not a missing value.
+    options = {"keep_default_na": False} if path.suffix == ".csv" else {}
+    return load_dataset(
+        BUILDERS[path.suffix],
+        data_files=str(path),
+        split="train",
+        streaming=streaming,
+        cache_dir=cache_dir,
+        **options,
+    )
+
+
+def _score_in_processes(
+    rows, load_classifier, text_columns, batch_size, window, on_error, arguments, num_proc, cache, progress
+) -> Iterator[dict[str, Any]]:
+    if not isinstance(rows, Dataset):
+        raise ValueError("`num_proc` above 1 needs a file or a `datasets.Dataset`. Got a stream.")
+    if len(rows) == 0:
+        return
+    hide = not progress and not are_progress_bars_disabled()
+    if hide:
+        disable_progress_bars()
+    try:
+        scored = rows.select_columns(list(text_columns)).map(
+            partial(
+                _score_batch,
+                load_classifier=load_classifier,
+                text_columns=text_columns,
+                batch_size=batch_size,
+                arguments=arguments,
+            ),
+            with_indices=True,
+            batched=True,
+            batch_size=window,
+            num_proc=min(num_proc, len(rows)),
+            remove_columns=list(text_columns),
+            features=Features.from_arrow_schema(SCHEMA),
+            load_from_cache_file=False,
+            new_fingerprint=uuid4().hex,  # else the pipeline would be pickled to make one
+            cache_file_name=str(Path(cache) / "predictions.arrow"),
+            desc="Scoring",
+        )
+    finally:
+        if hide:
+            enable_progress_bars()
+    for prediction in scored:
+        if on_error == "raise" and prediction["error"] is not None:
+            raise ValueError(f"Row {prediction['row']}: {prediction['error']}")
+        yield prediction
+
+
+def _score_batch(batch, indices, load_classifier, text_columns, batch_size, arguments) -> dict[str, list]:
+    """One window in one of several processes."""
+    chunk = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+    predictions = _score_window(chunk, indices[0], _loaded(load_classifier), text_columns, batch_size, arguments)
+    return {name: [prediction[name] for prediction in predictions] for name in SCHEMA.names}
+
+
+@lru_cache(maxsize=1)
+def _loaded(load_classifier: Callable[[], GamlTextClassificationPipeline]) -> GamlTextClassificationPipeline:
+    return load_classifier()
+
+
+@contextmanager
+def _writer(target: Path) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
+    """A function that writes predictions to a temporary file, which becomes `target` at the end."""
+    temporary = target.with_name(f".{target.name}.{uuid4().hex}")
+    try:
+        if target.suffix == ".parquet":
+            with pq.ParquetWriter(temporary, SCHEMA) as parquet:
+                yield lambda chunk: parquet.write_table(pa.Table.from_pylist(chunk, SCHEMA))
+        else:
+            with open(temporary, "w", newline="", encoding="utf-8") as file:
+                if target.suffix == ".csv":
+                    table = csv.DictWriter(file, SCHEMA.names)
+                    table.writeheader()
+                    yield table.writerows
+                else:
+                    yield lambda chunk: file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in chunk)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _check_arguments(text_columns, batch_size, window, on_error) -> None:
+    if isinstance(text_columns, str) or len(text_columns) not in (1, 2):
+        raise ValueError(f"`text_columns` must be a list of one or two columns. Got {text_columns!r}.")
+    for name, value in (("batch_size", batch_size), ("window", window)):
+        if type(value) is not int or value < 1:
+            raise ValueError(f"`{name}` must be a whole number of at least 1. Got `{name}={value!r}`.")
+    if on_error not in ("skip", "raise"):
+        raise ValueError(f"`on_error` must be 'skip' or 'raise'. Got `on_error={on_error!r}`.")
+
+
+def _check_columns(text_columns: Sequence[str], present: Sequence[str] | None) -> None:
+    if present is not None and (missing := [column for column in text_columns if column not in present]):
+        raise ValueError(f"`text_columns` must name columns out of {list(present)}. Got {missing[0]!r}.")
+
+
+# Command line
+
+
+class ClassifierLoader(NamedTuple):
+    """What a process needs to make the pipeline: a name, no weights."""
+
+    model: str
+    onnx: bool
+    device: str | None
+    num_threads: int | None
+
+    def __call__(self) -> GamlTextClassificationPipeline:
+        if self.num_threads is not None:
+            torch.set_num_threads(self.num_threads)
+        if self.onnx:
+            model = GamlOrtModelForSequenceClassification.from_pretrained(self.model)
+        else:
+            model = GamlBertForSequenceClassification.from_pretrained(self.model)
+        tokenizer = AutoTokenizer.from_pretrained(self.model)
+        device = "cpu" if self.onnx else self.device
+        return GamlTextClassificationPipeline(model=model, tokenizer=tokenizer, device=device)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Returns 0, or 1 where rows were skipped; argparse leaves with 2 where nothing was written."""
+    parser = argparse.ArgumentParser(
+        prog="gaml-score",
+        description="Classify every row of a file. Exit code: 1 where rows were skipped, 2 where nothing was written.",
+    )
+    parser.add_argument("--model", required=True, help="a checkpoint: a folder or a name on the Hub")
+    parser.add_argument("--input", required=True, help="rows: a csv, json, jsonl or parquet file")
+    parser.add_argument("--output", required=True, help="predictions: a csv, jsonl or parquet file")
+    parser.add_argument("--text_columns", nargs="+", default=["text"], help="the one or two text columns")
+    parser.add_argument("--batch_size", type=int, default=32, help="rows that run together")
+    parser.add_argument("--window", type=int, default=WINDOW, help="rows that are read ahead and sorted by length")
+    parser.add_argument("--num_proc", type=int, default=1, help="processes")
+    parser.add_argument("--num_threads", type=int, help="CPU threads of each process")
+    parser.add_argument("--device", help='"cpu", "cuda:0", ...; defaults to a GPU where there is one')
+    parser.add_argument("--onnx", action="store_true", help="the model is an export of gaml_hf.ort")
+    parser.add_argument("--on_error", choices=["skip", "raise"], default="skip", help="what a bad row does")
+    parser.add_argument("--max_length", type=int, help="longer texts are cut to this many tokens")
+    parser.add_argument("--exit_strategy", help="none, budgeted, patience, entropy or max_prob")
+    parser.add_argument("--patience", type=int)
+    parser.add_argument("--budgeted_exit", type=int)
+    parser.add_argument("--exit_threshold", type=float)
+    parser.add_argument("--no_progress", action="store_true", help="no progress bar")
+    options = parser.parse_args(argv)
+    arguments = {name: getattr(options, name) for name in (*EXIT_FIELDS, "max_length")}
+    try:
+        counts = score_file(
+            options.input,
+            options.output,
+            ClassifierLoader(options.model, options.onnx, options.device, options.num_threads),
+            text_columns=options.text_columns,
+            batch_size=options.batch_size,
+            window=options.window,
+            on_error=options.on_error,
+            num_proc=options.num_proc,
+            progress=not options.no_progress,
+            **{name: value for name, value in arguments.items() if value is not None},
+        )
+    except (ValueError, OSError, ImportError) as error:
+        parser.error(str(error))
+    print(f"{counts['rows']} rows, {counts['skipped']} of them skipped; predictions in {options.output}")
+    return int(counts["skipped"] > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

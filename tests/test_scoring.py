@@ -1,0 +1,300 @@
+"""Many rows: the plain pipeline's answers in the order of the rows, whatever the file, the window and the bad rows."""
+
+import csv
+import itertools
+import json
+import random
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from datasets import Dataset
+from pytest import approx, fixture, mark, raises
+
+from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification
+from gaml_hf.ort import export_onnx
+from gaml_hf.scoring import ClassifierLoader, main, score_file, score_rows
+
+
+WORDS = "film movie story plot actor scene good great bad awful dull funny sad fine very too so not never".split()
+rng = random.Random(0)
+TEXTS = [" ".join(rng.choices(WORDS, k=rng.randint(1, 30))) for _ in range(23)]
+PATIENCE = {"patience": 1}
+
+
+@fixture
+def folder(bert_kwargs, tokenizer, tmp_path):
+    """A checkpoint whose texts differ in class and in exit."""
+    model = GamlBertForSequenceClassification(GamlBertConfig(**bert_kwargs, num_labels=3)).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 2:
+                weight *= 30 if name.startswith("exit_") else 8
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@fixture
+def load(folder):
+    return ClassifierLoader(str(folder), False, "cpu", None)
+
+
+@fixture
+def classifier(load):
+    return load()
+
+
+def one_by_one(classifier, rows, **arguments):
+    """What the plain pipeline says of each row alone."""
+    answers = [classifier(row, **arguments) for row in rows]
+    return [answer[0] if isinstance(answer, list) else answer for answer in answers]
+
+
+def assert_answers(predictions, answers):
+    for number, (prediction, answer) in enumerate(zip(predictions, answers, strict=True)):
+        expected = {"row": number, **answer, "score": approx(answer["score"], abs=1e-5), "error": None}
+        assert prediction == expected
+
+
+@mark.parametrize(("batch_size", "window"), [(1, 4096), (4, 7), (8, 1), (32, 23)])
+@mark.parametrize("arguments", [PATIENCE, {"exit_strategy": "entropy", "exit_threshold": 0.3}, {"max_length": 8}])
+def test_predictions_are_the_pipelines_in_order(classifier, batch_size, window, arguments):
+    rows = [{"text": text, "other": 1} for text in TEXTS]
+    answers = one_by_one(classifier, TEXTS, **arguments)
+    for source in (rows, iter(rows), Dataset.from_list(rows), Dataset.from_list(rows).to_iterable_dataset()):
+        predictions = list(score_rows(source, classifier, batch_size=batch_size, window=window, **arguments))
+        assert_answers(predictions, answers)
+    assert len({answer["exit_layer"] for answer in answers}) > 1 or "max_length" in arguments
+    assert any(answer["truncated"] for answer in answers) == ("max_length" in arguments)
+
+
+def test_pairs(classifier):
+    rows = [{"a": a, "b": b} for a, b in itertools.pairwise(TEXTS)]
+    pairs = [{"text": row["a"], "text_pair": row["b"]} for row in rows]
+    predictions = list(score_rows(rows, classifier, text_columns=["a", "b"], window=9))
+    assert_answers(predictions, one_by_one(classifier, pairs))
+
+
+def test_batches_are_of_rows_of_one_length(classifier, monkeypatch):
+    """Padding a window in the order it came would cost more tokens than padding it sorted."""
+    shapes, forward = [], classifier._forward
+
+    def spy(inputs, **arguments):
+        shapes.append(tuple(inputs["input_ids"].shape))
+        return forward(inputs, **arguments)
+
+    monkeypatch.setattr(classifier, "_forward", spy)
+    list(score_rows([{"text": text} for text in TEXTS], classifier, batch_size=4))
+
+    lengths = [len(text.split()) + 2 for text in TEXTS]  # with [CLS] and [SEP]
+
+    def cells(lengths):
+        return sum(len(part) * max(part) for part in (lengths[i : i + 4] for i in range(0, len(lengths), 4)))
+
+    padded = sum(rows * length for rows, length in shapes)
+    # Rows are sorted by characters: near the order by tokens, and not always in it.
+    assert sum(lengths) <= cells(sorted(lengths)) <= padded <= 1.1 * cells(sorted(lengths)) < 0.9 * cells(lengths)
+
+
+def test_an_endless_source_is_read_one_window_ahead(classifier):
+    read = 0
+
+    def rows():
+        nonlocal read
+        for text in itertools.cycle(TEXTS):
+            read += 1
+            yield {"text": text}
+
+    predictions = score_rows(rows(), classifier, batch_size=4, window=10)
+    assert read == 0
+    for number in range(35):
+        assert next(predictions)["row"] == number
+        assert read == 10 * (number // 10 + 1)
+
+
+BAD = {2: None, 5: "  ", 9: 7, 22: "bad \ud800"}
+
+
+def with_bad_rows():
+    return [{"text": BAD.get(i, text)} for i, text in enumerate(TEXTS)]
+
+
+def test_a_bad_row_costs_that_row_alone(classifier):
+    good = {i: text for i, text in enumerate(TEXTS) if i not in BAD}
+    answers = dict(zip(good, one_by_one(classifier, good.values(), **PATIENCE), strict=True))
+    predictions = list(score_rows(with_bad_rows(), classifier, batch_size=4, window=8, **PATIENCE))
+    for number, prediction in enumerate(predictions):
+        assert prediction["row"] == number
+        if number in BAD:
+            assert prediction["error"].startswith("`text` must ")
+            assert {prediction[name] for name in ("label", "score", "exit_layer", "truncated")} == {None}
+        else:
+            assert prediction["error"] is None
+            assert prediction["label"] == answers[number]["label"]
+            assert prediction["exit_layer"] == answers[number]["exit_layer"]
+
+
+def test_raise_names_the_row_of_the_file(classifier):
+    predictions = score_rows(with_bad_rows()[3:], classifier, window=2, on_error="raise")
+    with raises(ValueError, match=r"^Row 2: `text` must hold more than blanks"):
+        list(predictions)
+
+
+def write(path, texts):
+    if path.suffix == ".csv":
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            table = csv.writer(file)
+            table.writerows([["id", "text"], *enumerate(texts)])
+    elif path.suffix == ".parquet":
+        pq.write_table(pa.table({"id": list(range(len(texts))), "text": texts}), path)
+    else:
+        path.write_text("".join(json.dumps({"id": i, "text": t}) + "\n" for i, t in enumerate(texts)))
+    return path
+
+
+def read(path):
+    if path.suffix == ".parquet":
+        return pq.read_table(path).to_pylist()
+    with open(path, newline="", encoding="utf-8") as file:
+        if path.suffix == ".jsonl":
+            return [json.loads(line) for line in file]
+        return [
+            {
+                "row": int(row["row"]),
+                "label": row["label"] or None,
+                "score": float(row["score"]) if row["score"] else None,
+                "exit_layer": int(row["exit_layer"]) if row["exit_layer"] else None,
+                "truncated": {"True": True, "False": False, "": None}[row["truncated"]],
+                "error": row["error"] or None,
+            }
+            for row in csv.DictReader(file)
+        ]
+
+
+@mark.parametrize(
+    ("source", "target"), [(".csv", ".jsonl"), (".json", ".csv"), (".jsonl", ".parquet"), (".parquet", ".csv")]
+)
+def test_files_in_and_out(load, classifier, tmp_path, source, target):
+    texts = ["NA", "null", *TEXTS[:5], "", 'a "quoted", comma\nand line']
+    path = write(tmp_path / f"in{source}", texts)
+    counts = score_file(path, tmp_path / f"out{target}", load, window=4, progress=False, **PATIENCE)
+    assert counts == {"rows": 9, "skipped": 1}
+    predictions = read(tmp_path / f"out{target}")
+    assert "`text` must hold more than blanks" in predictions[7]["error"]
+    good = [i for i in range(9) if i != 7]
+    answers = one_by_one(classifier, [texts[i] for i in good], **PATIENCE)
+    for i, answer in zip(good, answers, strict=True):
+        assert predictions[i] == {"row": i, **answer, "score": approx(answer["score"], abs=1e-5), "error": None}
+
+
+def test_several_processes_give_the_same_predictions(load, tmp_path, capfd):
+    path = write(tmp_path / "in.parquet", [BAD[2] if i == 2 else text for i, text in enumerate(TEXTS)])
+    for num_proc in (1, 2):
+        counts = score_file(path, tmp_path / f"{num_proc}.jsonl", load, window=5, num_proc=num_proc, progress=False)
+        assert counts == {"rows": 23, "skipped": 1}
+    one, two = (read(tmp_path / f"{num_proc}.jsonl") for num_proc in (1, 2))
+    for a, b in zip(one, two, strict=True):
+        assert a == b | {"score": None if b["score"] is None else approx(b["score"], abs=1e-5)}
+    assert [row["row"] for row in two] == list(range(23))
+    assert "Scoring" not in capfd.readouterr().err  # no bar of datasets either
+
+
+@mark.parametrize("num_proc", [1, 2])
+def test_nothing_to_score(load, tmp_path, num_proc):
+    dataset = Dataset.from_dict({"text": []})
+    counts = score_file(dataset, tmp_path / "out.parquet", load, num_proc=num_proc, progress=False)
+    assert counts == {"rows": 0, "skipped": 0}
+    assert read(tmp_path / "out.parquet") == []
+
+
+@mark.parametrize("target", ["out.csv", "out.jsonl", "out.parquet"])
+def test_an_interrupted_run_leaves_the_old_file(classifier, tmp_path, monkeypatch, target):
+    (tmp_path / target).write_text("old")
+    answer, calls = classifier._forward, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return answer(*args, **kwargs)
+
+    monkeypatch.setattr(classifier, "_forward", interrupted)
+    with raises(KeyboardInterrupt):
+        score_file(
+            Dataset.from_dict({"text": TEXTS}),
+            tmp_path / target,
+            lambda: classifier,
+            batch_size=1,
+            window=2,
+            progress=False,
+        )
+    assert (tmp_path / target).read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == [target]
+
+
+def command(folder, source, target, *more):
+    return main(["--model", str(folder), "--input", str(source), "--output", str(target), "--device", "cpu", *more])
+
+
+def test_the_command_line_tells_how_many_rows_were_skipped(folder, classifier, tmp_path, capsys):
+    source, target = write(tmp_path / "in.csv", [*TEXTS[:3], ""]), tmp_path / "out.jsonl"
+    assert command(folder, source, target, "--patience", "1") == 1
+    out, err = capsys.readouterr()
+    assert out == f"4 rows, 1 of them skipped; predictions in {target}\n"
+    assert "4 rows" in err  # the bar
+    assert_answers(read(target)[:3], one_by_one(classifier, TEXTS[:3], patience=1))
+    assert command(folder, write(tmp_path / "in.csv", TEXTS[:3]), target, "--no_progress") == 0
+
+
+def test_the_command_line_runs_an_export(folder, classifier, tmp_path, capsys):
+    export_onnx(classifier.model, tmp_path / "onnx", tokenizer=classifier.tokenizer)
+    source, target = write(tmp_path / "in.csv", TEXTS), tmp_path / "out.jsonl"
+    more = [
+        "--onnx",
+        "--num_threads",
+        str(torch.get_num_threads()),
+        "--exit_strategy",
+        "budgeted",
+        "--budgeted_exit",
+        "2",
+    ]
+    assert command(tmp_path / "onnx", source, target, *more) == 0
+    for prediction, answer in zip(read(target), one_by_one(classifier, TEXTS, budgeted_exit=2), strict=True):
+        assert (prediction["label"], prediction["exit_layer"]) == (answer["label"], 2)
+
+
+@mark.parametrize(
+    ("more", "message"),
+    [
+        (["--output", "out.txt"], "`target` must end in .csv, .jsonl or .parquet"),
+        (["--input", "in.txt"], "`source` must end in .csv, .json, .jsonl, .parquet"),
+        (["--input", "none.csv"], "which is not there"),
+        (["--text_columns", "txt"], "`text_columns` must name columns out of ['id', 'text']. Got 'txt'."),
+        (["--text_columns", "a", "b", "c"], "`text_columns` must be a list of one or two columns"),
+        (["--batch_size", "0"], "`batch_size` must be a whole number of at least 1. Got `batch_size=0`."),
+        (["--window", "0"], "`window` must be a whole number of at least 1"),
+        (["--num_proc", "0"], "`num_proc` must be a whole number of at least 1"),
+        (["--patience", "0"], "`patience` must be a whole number of at least 1"),
+        (["--exit_threshold", "0.5"], "name the strategy you want"),
+        (["--on_error", "raise"], "Row 1: `text` must hold more than blanks"),
+    ],
+    ids=str,
+)
+def test_errors_of_the_command_line(folder, tmp_path, monkeypatch, capsys, more, message):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "in.csv", ["a good film", " "])
+    with raises(SystemExit) as exit_:
+        command(folder, "in.csv", "out.csv", *more)
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["in.csv"]
+
+
+def test_a_file_that_cannot_be_read(load, tmp_path):
+    (tmp_path / "in.parquet").write_text("no parquet")
+    with raises(ValueError, match="`source` could not be read"):
+        score_file(tmp_path / "in.parquet", tmp_path / "out.csv", load, progress=False)
+    stream = Dataset.from_dict({"text": TEXTS}).to_iterable_dataset()
+    with raises(ValueError, match="needs a file or a `datasets.Dataset`"):
+        score_file(stream, tmp_path / "out.csv", load, num_proc=2, progress=False)
