@@ -34,6 +34,11 @@ class Rows(NamedTuple):
     place: Tensor
     mask: Tensor | None
 
+    @property
+    def in_order(self) -> bool:
+        """Whether the list of tokens is the grid: a single row."""
+        return len(self.grid) == 1 and self.mask is None
+
 
 class Layout:
     """
@@ -88,8 +93,10 @@ def run_layer(layer: nn.Module, tokens: Tensor, rows: Rows) -> Tensor:
     """One layer for all tokens: `(num_tokens, hidden_size)` to the same."""
     attention = layer.attention.self
     key, value = _keys_and_values(attention, tokens, rows)
-    query = _heads(attention.query(tokens), rows.grid, attention)
-    context = _attend(query, key, value, rows.mask).index_select(0, rows.place)
+    query = _heads(attention.query(tokens), rows, attention)
+    context = _attend(query, key, value, rows.mask)
+    if not rows.in_order:
+        context = context.index_select(0, rows.place)
     return layer.feed_forward_chunk(layer.attention.output(context, tokens))
 
 
@@ -114,8 +121,10 @@ def run_rest(layer: nn.Module, rest: Tensor, key: Tensor, value: Tensor, rows: R
     attention = layer.attention.self
     num_rows = len(rows.grid)
     # At the place of [CLS] stands some token's query, and nobody reads what comes of it.
-    query = _heads(attention.query(rest), (rows.grid - num_rows).clamp(min=0), attention)
-    context = _attend(query, key, value, rows.mask).index_select(0, rows.place[num_rows:])
+    query = _heads(attention.query(rest), rows._replace(grid=(rows.grid - num_rows).clamp(min=0)), attention)
+    context = _attend(query, key, value, rows.mask)
+    if not rows.in_order:
+        context = context.index_select(0, rows.place[num_rows:])
     return layer.feed_forward_chunk(layer.attention.output(context, rest))
 
 
@@ -123,13 +132,15 @@ LAYER_FUNCTIONS = (run_layer, run_cls, run_rest)
 
 
 def _keys_and_values(attention: nn.Module, tokens: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-    return _heads(attention.key(tokens), rows.grid, attention), _heads(attention.value(tokens), rows.grid, attention)
+    return _heads(attention.key(tokens), rows, attention), _heads(attention.value(tokens), rows, attention)
 
 
-def _heads(tokens: Tensor, grid: Tensor, attention: nn.Module) -> Tensor:
+def _heads(tokens: Tensor, rows: Rows, attention: nn.Module) -> Tensor:
     """Tokens on the grid, by head: `(num_rows, num_heads, length, head_size)`."""
-    on_grid = tokens.index_select(0, grid.flatten()).view(*grid.shape, -1, attention.attention_head_size)
-    return on_grid.transpose(1, 2)
+    if not rows.in_order:
+        tokens = tokens.index_select(0, rows.grid.flatten())
+    num_rows = len(rows.grid)
+    return tokens.view(num_rows, len(tokens) // num_rows, -1, attention.attention_head_size).transpose(1, 2)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
