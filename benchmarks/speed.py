@@ -34,6 +34,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from matplotlib.figure import Figure
 from torch import Tensor
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
@@ -276,6 +277,27 @@ def spread(values: list[float]) -> str:
     return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
+def draw(results: list[dict], path: Path) -> None:
+    """Wall-clock speed-up against speed-up in layers; a line of medians for each system."""
+    figure = Figure(figsize=(7.6, 4.4), dpi=130, layout="constrained")
+    axes = figure.subplots()
+    base = next(iter(results[0]["seconds"]))
+    for name in results[0]["seconds"]:
+        points = sorted(
+            (result["layers"] / result["mean_exit"], statistics.median(ratios(result["seconds"], name, base)))
+            for result in results
+        )
+        axes.plot(*zip(*points, strict=True), marker="o", ms=3, lw=1.4, label=name, ls="-" if "ours" in name else ":")
+    for axis, set_scale in ((axes.xaxis, axes.set_xscale), (axes.yaxis, axes.set_yscale)):
+        set_scale("log", base=2)
+        axis.set_major_formatter("{x:g}x")
+    axes.axline((1, 1), (2, 2), color="0.6", lw=1, ls="--")
+    axes.set_xlabel("Speed-up in layers")
+    axes.set_ylabel(f"Wall-clock speed-up over {base}")
+    figure.legend(frameon=False, fontsize=7, loc="outside right upper", reverse=True)
+    figure.savefig(path)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", nargs="+", default=["32", "64", "128", "sst2"], help="tokens, or sst2 or mrpc")
@@ -292,6 +314,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", help="with --checkpoint: texts, csv or parquet")
     parser.add_argument("--text_columns", nargs="+", default=["sentence"])
     parser.add_argument("--output", type=Path, help="a JSON with every round")
+    parser.add_argument("--figure", type=Path, help="a PNG: wall clock against layers")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
@@ -327,7 +350,16 @@ def main(argv: list[str] | None = None) -> None:
                         f"{prices[name] * needed_tokens(workload) / statistics.median(seconds[name]):.0%} of the ideal"
                     )
                 print(f"  {name:28} {spread(ratios(seconds, name, base)):>24}  {share}", flush=True)
-            results.append({"workload": workload.name, "mean_exit": float(mean_exit), "seconds": seconds})
+            results.append(
+                {
+                    "workload": workload.name,
+                    "layers": options.layers,
+                    "mean_exit": float(mean_exit),
+                    "seconds": seconds,
+                }
+            )
+    if options.figure:
+        draw(results, options.figure)
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps({"options": vars(options), "results": results}, indent=1, default=str))

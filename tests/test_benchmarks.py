@@ -10,7 +10,8 @@ from benchmarks import speed
 def test_speed(tmp_path, capsys):
     threads = torch.get_num_threads()
     words = "--layers 2 --rows 2 --rounds 1 --lengths sst2 --batch_sizes 1 3 --exits 1 2 mixed"
-    speed.main([*words.split(), "--output", str(tmp_path / "speed.json")])
+    speed.main([*words.split(), "--output", str(tmp_path / "speed.json"), "--figure", str(tmp_path / "a.png")])
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     results = json.loads((tmp_path / "speed.json").read_text())["results"]
     torch.set_num_threads(threads)
     printed = capsys.readouterr().out
