@@ -306,6 +306,12 @@ def find_label_names(rows: DatasetDict, data_args: DataTrainingArguments) -> lis
         labels = source.unique(column)
         if None in labels:
             raise ValueError(f"Row {list(source[column]).index(None)} of the data has no label (column {column!r}).")
+        negative = [label for label in labels if not isinstance(label, str) and label < 0]
+        if negative:
+            raise ValueError(
+                f"Row {list(source[column]).index(negative[0])} of the data has the label {negative[0]} (column "
+                f"{column!r}), which elsewhere means that it has none. Take such rows out, or write classes as text."
+            )
         names = [str(label) for label in sorted(labels)]
     if len(names) < 2:
         raise ValueError(f"The labels in column {column!r} must be of at least two classes. Got {names}.")

@@ -198,3 +198,14 @@ def test_the_hub_finds_the_code(tmp_path):
         "AutoModel": "modeling_gaml_bert.GamlBertForSequenceClassification",
         "AutoModelForSequenceClassification": "modeling_gaml_bert.GamlBertForSequenceClassification",
     }
+
+
+@mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_a_config_file_cannot_name_code_of_another_repository(key, tmp_path):
+    GamlBertConfig().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: "somebody/kernel"}))
+    with raises(ValueError, match=rf"`{key}` in a config must be a plain name.*'somebody/kernel'"):
+        GamlBertConfig.from_pretrained(tmp_path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: "eager"}))
+    assert GamlBertConfig.from_pretrained(tmp_path).num_exits == 12

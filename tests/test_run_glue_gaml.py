@@ -200,6 +200,7 @@ BROKEN_ROWS = [
     ([{"sentence": "good", "label": "a"}, {"sentence": "", "label": "b"}], "Row 1 of the train split, column 'sent"),
     ([{"sentence": "good", "label": 0.5}, {"sentence": "bad", "label": 1.0}], "fractions"),
     ([{"sentence": "good", "label": "a"}, {"sentence": "bad", "label": ""}], "Row 1 of the data has no label"),
+    ([{"sentence": "good", "label": 1}, {"sentence": "bad", "label": -100}], "Row 1 of the data has the label -100"),
     ([{"sentence": "good", "label": "a"}, {"sentence": "bad", "label": "a"}], "at least two classes"),
     ([{"sentence": "good", "grade": 1}], "`label_column` must be one of"),
     ([{"one": "x", "two": "y", "three": "z", "label": "a"}], "`text_columns` must name one or two columns"),

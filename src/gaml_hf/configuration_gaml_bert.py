@@ -1,6 +1,7 @@
 """Configuration of GAML-BERT: a BERT with an exit after each layer (Zhu et al., 2021)."""
 
 import difflib
+import re
 from dataclasses import fields
 from typing import Any, ClassVar, Literal
 
@@ -118,6 +119,14 @@ class GamlBertConfig(BertConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        # An attention that a caller names is their choice. One that a file names could be code of another repository.
+        for key in ("attn_implementation", "_attn_implementation"):
+            value = config_dict.get(key)
+            if value is not None and not (isinstance(value, str) and re.fullmatch(r"\w+", value)):
+                raise ValueError(
+                    f"`{key}` in a config must be a plain name such as 'sdpa', not foreign code. Got {value!r}. "
+                    "Take it out of `config.json`; whoever wants it can give it to `from_pretrained`."
+                )
         # The parent sets overrides after the validators have run; ours go through them.
         refuse_misspelt(kwargs, cls)
         known = {field.name for field in fields(cls)} & kwargs.keys() - {"dtype"}
