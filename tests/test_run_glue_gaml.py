@@ -292,7 +292,7 @@ def test_push_to_hub(common, files, tmp_path, hub_server):
 
 def test_the_command_shown_in_public():
     words = (
-        "recipe.json --token=hf_a --hub_token hf_b --train_file=/home/me/train.csv --output_dir /tmp/out --alpha 0.3"
+        "recipe.json --token=hf_a --hub_token hf_b --train_file=/home/me/train.csv --output_dir /my/out --alpha 0.3"
     )
     assert run_glue_gaml.shown_command(words.split()) == (
         "python run_glue_gaml.py recipe.json --token=... --hub_token ... --train_file=train.csv --output_dir out "
