@@ -60,8 +60,14 @@ class ForcedExits(ExitPolicy):
 
     name = "forced"
 
-    def __init__(self, exits: Tensor):
+    def __init__(self, exits: Tensor, split: bool | None = None):
         self.exits = exits
+        self.split = split  # every layer, no layer, or as the guess has it
+
+    def may_exit(self, exit_logits: Tensor) -> Tensor:
+        if self.split is None:
+            return super().may_exit(exit_logits)
+        return torch.full(exit_logits.shape[:1], self.split)
 
     def should_exit(self, exit_logits: Tensor) -> Tensor:
         leave = self.exits <= exit_logits.shape[1]
@@ -145,6 +151,18 @@ def waiting(model: GamlBertForSequenceClassification, workload: Workload) -> Non
 def ours(model, workload: Workload) -> None:
     for position, batch in enumerate(workload.batches):
         model(**batch, exit_policy=workload.policy(position))
+
+
+def always_split(model, workload: Workload) -> None:
+    """[CLS] first at every layer, as if any row could leave anywhere."""
+    for batch, exits in zip(workload.batches, workload.exits, strict=True):
+        model(**batch, exit_policy=ForcedExits(exits, split=True))
+
+
+def never_split(model, workload: Workload) -> None:
+    """Whole layers, as if no exit could be foreseen."""
+    for batch, exits in zip(workload.batches, workload.exits, strict=True):
+        model(**batch, exit_policy=ForcedExits(exits, split=False))
 
 
 def ours_by_row(model, workload: Workload) -> None:
@@ -245,6 +263,10 @@ def make_systems(options: argparse.Namespace, folder: Path) -> dict[str, tuple[C
             # A single text has its budget, as with the other systems.
             by_row = precision == "int8" and options.batch_sizes != [1]
             systems[f"ours, ONNX Runtime {precision}"] = (ours_by_row if by_row else ours, session)
+    if options.split:
+        for name in ("ours", "ours, prepacked"):
+            systems[f"{name}, no layer split"] = (never_split, systems[name][1])
+            systems[f"{name}, every layer split"] = (always_split, systems[name][1])
     if options.compile:
         compiled = copy.deepcopy(model)
         compiled.compile()
@@ -309,6 +331,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true", help="our layers under torch.compile, too")
+    parser.add_argument("--split", action="store_true", help="ours with every layer and with no layer split, too")
     parser.add_argument("--systems", nargs="+", help="only these; the first named is the base")
     parser.add_argument("--checkpoint", help="a trained GAML-BERT, in place of random weights")
     parser.add_argument("--data", help="with --checkpoint: texts, csv or parquet")
