@@ -1,0 +1,574 @@
+"""
+Tables and figures of the experiments, made from the JSONs of `runs.py` alone.
+
+A dynamic result is what the protocol asks for (Zhu et al., 2021, Sec. 6.4): the policy's parameter is chosen on the
+rows set aside so that the speed-up in layers lies in [1.8, 2.1], then applied to the validation set once.
+"""
+
+import itertools
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from benchmarks.runs import decode_array, main_metric, score
+from gaml_hf import plots
+from gaml_hf.evaluation import choose, layer_speed_up, replay, sweep
+from gaml_hf.glue import get_task
+
+
+TARGET = (1.8, 2.1)
+ALPHAS = (0.1, 0.3, 0.5, 0.8)  # Table 3
+
+# Name in the paper, system of `runs.py`, policy. "half" is a model of half the layers.
+SYSTEMS: list[tuple[str, str, str]] = [
+    ("BERT", "bert", "none"),
+    ("BERT, half the layers", "bert-half", "none"),
+    ("DistilBERT-style", "distilbert", "none"),
+    ("BERT-PKD", "pkd", "none"),
+    ("LayerDrop", "layer_drop", "none"),
+    ("BERT-of-Theseus", "theseus", "none"),
+    ("Head pruning", "head_pruning", "none"),
+    ("DeeBERT (two stages)", "deebert", "entropy"),
+    ("Shallow-Deep", "multi-exit", "max_prob"),
+    ("PABEE", "multi-exit", "patience"),
+    ("FastBERT (two stages)", "fastbert", "patience"),
+    ("FastBERT, one stage", "fastbert-joint", "patience"),
+    ("FastBERT-GA", "fastbert-ga", "patience"),
+    ("ML-BERT", "ml", "patience"),
+    ("GAML-BERT (GA-hard)", "gaml-hard", "patience"),
+    ("GAML-BERT (GA-soft)", "gaml-soft", "patience"),
+]
+
+# The paper's own numbers, BERT-base; development set.
+TASKS = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2")
+PAPER_TABLE_2 = {
+    name: dict(zip(TASKS, scores, strict=True))
+    for name, scores in {
+        "BERT": (54.7, 83.5, 88.2, 86.8, 88.7, 67.1, 91.5),
+        "BERT, half the layers": (36.4, 77.1, 83.9, 80.2, 84.8, 60.3, 88.6),
+        "DistilBERT-style": (46.5, 79.8, 85.3, 82.2, 86.4, 63.1, 89.3),
+        "BERT-PKD": (47.4, 80.6, 85.5, 82.5, 86.8, 63.4, 89.7),
+        "LayerDrop": (43.2, 80.1, 85.2, 81.7, 86.2, 62.8, 89.1),
+        "BERT-of-Theseus": (44.5, 80.7, 85.4, 82.4, 86.5, 63.6, 89.6),
+        "DeeBERT (two stages)": (43.4, 81.2, 85.8, 82.5, 87.3, 63.9, 90.0),
+        "Shallow-Deep": (44.5, 81.1, 85.7, 82.6, 87.2, 64.1, 90.1),
+        "PABEE": (45.2, 81.5, 86.2, 83.1, 87.5, 64.5, 90.5),
+        "FastBERT (two stages)": (48.6, 82.1, 86.7, 83.6, 88.1, 64.9, 90.8),
+        "FastBERT-GA": (50.4, 82.6, 87.5, 84.7, 88.5, 66.2, 91.4),
+        "ML-BERT": (49.2, 82.7, 87.3, 84.2, 88.6, 65.7, 91.3),
+        "GAML-BERT (GA-hard)": (50.5, 83.1, 87.6, 84.9, 88.9, 66.3, 91.5),
+        "GAML-BERT (GA-soft)": (51.1, 83.2, 88.1, 85.1, 89.1, 66.8, 91.9),
+    }.items()
+}
+# By task, pair of exits, exit, system.
+PAPER_TABLE_1 = {
+    "sst2": {
+        (1, 12): {1: (56.4, 61.5, 74.6, None, 75.8), 12: (91.5, 91.6, None, 91.3, 91.5)},
+        (6, 12): {6: (88.6, 88.9, 89.3, None, 89.6), 12: (91.5, 91.8, None, 92.0, 92.2)},
+    },
+    "cola": {
+        (1, 12): {1: (0.0, 0.0, 0.0, None, 0.0), 12: (54.7, 55.0, None, 55.1, 55.3)},
+        (6, 12): {6: (36.4, 39.9, 46.5, None, 47.6), 12: (54.7, 55.4, None, 55.9, 56.7)},
+    },
+}
+PAIR_SYSTEMS = ("bert", "pair-joint", "pair-deep-teaches", "pair-shallow-teaches", "pair-mutual")
+PAPER_TABLE_3 = {"ml": (48.8, 49.2, 48.6, 48.4), "gaml-soft": (50.9, 51.1, 50.9, 50.8)}
+PAPER_TABLE_4 = {
+    "bert": {"cola": 2300, "sst2": 4100},
+    "multi-exit": {"cola": 2100, "sst2": 3800},
+    "fastbert": {"cola": 2000, "sst2": 3300},
+    "gaml-soft": {"cola": 1800, "sst2": 2900},
+}
+PAPER_TABLE_5 = {
+    ("multi-exit", "entropy"): {"mnli": 81.2, "mrpc": 85.8, "sst2": 90.0},
+    ("gaml-soft", "entropy"): {"mnli": 83.0, "mrpc": 87.6, "sst2": 91.3},
+    ("multi-exit", "max_prob"): {"mnli": 81.1, "mrpc": 85.7, "sst2": 90.1},
+    ("gaml-soft", "max_prob"): {"mnli": 82.8, "mrpc": 87.8, "sst2": 91.4},
+}
+
+
+# --------------------------------------------------------------------------------------------------------- one run
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a trained model answered on the validation set under one policy, and how fast."""
+
+    score: float
+    speed_up: float
+    correct: np.ndarray  # (num_rows,)
+    parameter: float | None
+
+    @property
+    def in_target(self) -> bool:
+        return TARGET[0] <= self.speed_up <= TARGET[1]
+
+
+def answer(result: dict[str, Any], exit_strategy: str) -> Answer:
+    """
+    One model under one policy, its parameter chosen on the rows set aside.
+
+    Args:
+        result (`dict`): a JSON of `runs.perform`.
+        exit_strategy (`str`): `"none"` for all layers of the model, else a dynamic policy.
+    """
+    logits = {name: decode_array(values) for name, values in result["logits"].items()}
+    labels = {name: np.array(values) for name, values in result["labels"].items()}
+    task, scores = result["run"]["task"], score(result["run"]["task"])
+    config = SimpleNamespace(
+        num_hidden_layers=result["full_depth"], exit_layers=result["exit_layers"], exit_strategy="none"
+    )
+    parameter = None
+    if exit_strategy != "none":
+        points = sweep(logits["held_out"], labels["held_out"], config, exit_strategy, scores, main_metric(task))
+        logging.getLogger("gaml_hf.evaluation").disabled = True  # where nothing lies in the target, the table tells
+        point = choose(points, TARGET)
+        vars(config).update(point.config_fields())
+        parameter = point.parameter
+    predictions, exit_layer = replay(logits["validation"], config)
+    if len(result["exit_layers"]) == 1:  # one answer, always of the whole model, whatever was taken out of it
+        speed_up = result["static_speed_up"]
+    else:
+        speed_up = layer_speed_up(exit_layer, result["full_depth"])
+    return Answer(
+        score=100 * scores(predictions, labels["validation"])[get_task(task).main_metric],
+        speed_up=speed_up,
+        correct=predictions == labels["validation"],
+        parameter=parameter,
+    )
+
+
+def exit_score(result: dict[str, Any], exit_layer: int, metric: str | None = None) -> float:
+    """Validation score of one exit, times 100."""
+    return 100 * result["scores"]["validation"][str(exit_layer)][metric or main_metric(result["run"]["task"])]
+
+
+def mean_over_exits(result: dict[str, Any]) -> float:
+    return float(np.mean([exit_score(result, m) for m in result["exit_layers"]]))
+
+
+# ------------------------------------------------------------------------------------------------------- statistics
+
+
+def spread(values: Sequence[float], digits: int = 1) -> str:
+    """Mean ± standard deviation, and how many."""
+    if not values:
+        return "not run"
+    deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{deviation} (n={len(values)})"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Two systems over the same seeds: mean difference, 95% interval and p value of a paired t-test."""
+
+    mean: float
+    low: float
+    high: float
+    p: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.1f} [{self.low:+.1f}, {self.high:+.1f}], p={self.p:.3f}"
+
+
+def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> Difference | None:
+    """`ours - theirs`, pair by pair; None for fewer than two pairs, where nothing can be said."""
+    differences = np.subtract(ours, theirs)
+    if len(differences) < 2:
+        return None
+    if np.ptp(differences) == 0:  # no spread: the t-test divides by it
+        same = float(differences[0])
+        return Difference(same, same, same, 1.0 if same == 0 else 0.0)
+    test = stats.ttest_rel(ours, theirs)
+    low, high = test.confidence_interval(0.95)
+    return Difference(float(differences.mean()), float(low), float(high), float(test.pvalue))
+
+
+def mcnemar(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """
+    Exact p value of McNemar's test: do two models err on the same rows equally often?
+
+    Args:
+        ours, theirs (`np.ndarray` of shape `(num_rows,)`): whether each row was answered correctly.
+    """
+    only_ours, only_theirs = int((ours & ~theirs).sum()), int((~ours & theirs).sum())
+    if only_ours + only_theirs == 0:
+        return 1.0
+    return float(stats.binomtest(only_ours, only_ours + only_theirs).pvalue)
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """p values adjusted for their number (Holm, 1979)."""
+    adjusted, largest = {}, 0.0
+    for position, name in enumerate(sorted(p_values, key=p_values.get)):
+        largest = max(largest, min(1.0, (len(p_values) - position) * p_values[name]))
+        adjusted[name] = largest
+    return adjusted
+
+
+# ---------------------------------------------------------------------------------------------------------- reports
+
+Results = list[dict[str, Any]]
+
+
+def only(results: Results, **fields: Any) -> Results:
+    """The results whose run has these fields, by seed."""
+    found = [r for r in results if all(r["run"][key] == value for key, value in fields.items())]
+    return sorted(found, key=lambda r: r["run"]["seed"])
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+
+
+def tasks_of(results: Results) -> list[str]:
+    return sorted({r["run"]["task"] for r in results})
+
+
+def conditions(results: Results) -> str:
+    """What all runs of a report share, in a paragraph."""
+    shared = {}
+    for key in results[0]["run"]:
+        values = {str(r["run"][key]) for r in results}
+        if len(values) == 1 and values != {"None"}:
+            shared[key] = values.pop()
+    recipes = {
+        task: sorted(
+            {(r["run"]["learning_rate"], r["run"]["batch_size"], r["run"]["alpha"]) for r in only(results, task=task)}
+        )
+        for task in tasks_of(results)
+    }
+    lines = [", ".join(f"{key} {value}" for key, value in shared.items() if key not in ("task", "system"))]
+    for task, found in recipes.items():
+        lines.append(
+            f"{task}: " + "; ".join(f"learning rate {lr:g}, batch {batch}, α {alpha:g}" for lr, batch, alpha in found)
+        )
+    machine = sorted({(r["hardware"], *r["versions"].values()) for r in results})
+    lines.append("; ".join(f"{hw}, torch {torch}, transformers {hf}" for hw, torch, hf in machine))
+    lines.append(f"{len(results)} runs, {min(r['date'] for r in results)} to {max(r['date'] for r in results)}")
+    return "\n".join(f"- {line}" for line in lines) + "\n"
+
+
+def table1(results: Results) -> str:
+    """Pairwise mutual learning: two exits, with and without distillation between them."""
+    blocks = []
+    names = ("directly", "together", "shallow learns", "deep learns", "mutual")
+    for task in tasks_of(results):
+        of_task = only(results, task=task)
+        rows = []
+        for pair in sorted({tuple(r["exit_layers"]) for r in of_task if len(r["exit_layers"]) == 2}):
+            for m in pair:
+                row = [f"{pair[0]} and {pair[1]}", m]
+                for system in PAIR_SYSTEMS:
+                    found = only(of_task, system=system)
+                    found = [r for r in found if r["exit_layers"] == ([m] if system == "bert" else list(pair))]
+                    row.append(spread([exit_score(r, m, get_task(task).main_metric) for r in found]))
+                rows.append(row)
+                pair12 = (1, 12) if pair[0] == 1 else (6, 12)
+                paper = PAPER_TABLE_1.get(task, {}).get(pair12, {}).get(12 if m == pair[1] else pair12[0])
+                if paper:
+                    rows.append(
+                        [
+                            f"paper, {pair12[0]} and 12",
+                            12 if m == pair[1] else pair12[0],
+                            *("" if x is None else x for x in paper),
+                        ]
+                    )
+        blocks.append(f"### {task}\n\n" + table(["exits", "exit", *names], rows))
+    return "\n".join(blocks)
+
+
+def table2(results: Results, main: str = "gaml-soft") -> str:
+    """All systems at a speed-up of about two, and what full depth and the exits give."""
+    blocks, differences = [], {}
+    answers = answers_of(results)
+    for task in tasks_of(results):
+        rows = []
+        for name, system, policy in SYSTEMS:
+            found = answers.get((task, system, policy), {})
+            if not found:
+                rows.append([name, policy, "not run", "", "", "", PAPER_TABLE_2.get(name, {}).get(task, "")])
+                continue
+            outside = sum(not a.in_target for a in found.values()) if policy != "none" else 0
+            of_system = [r for r in with_halves(results, system) if r["run"]["task"] == task]
+            exits = len(of_system[0]["exit_layers"]) > 1
+            metric = get_task(task).main_metric
+            rows.append(
+                [
+                    name,
+                    policy,
+                    spread([a.score for a in found.values()]),
+                    f"{np.mean([a.speed_up for a in found.values()]):.2f}x"
+                    + (f", {outside} outside" if outside else ""),
+                    spread([exit_score(r, r["layers"], metric) for r in of_system]),
+                    spread([mean_over_exits(r) for r in of_system]) if exits else "",
+                    PAPER_TABLE_2.get(name, {}).get(task, ""),
+                ]
+            )
+            ours = answers.get((task, main, "patience"), {})
+            seeds = sorted(ours.keys() & found.keys())
+            if system != main and len(seeds) > 1:
+                test = paired_difference([ours[s].score for s in seeds], [found[s].score for s in seeds])
+                p = float(np.median([mcnemar(ours[s].correct, found[s].correct) for s in seeds]))
+                differences[task, name, policy] = (test, p, len(seeds))
+        header = ["system", "policy", "score", "speed-up", "last exit", "mean over exits", "paper (BERT-base)"]
+        blocks.append(f"### {task} ({get_task(task).main_metric} x 100)\n\n" + table(header, rows))
+    if differences:
+        blocks.append("### GA-soft against each, same seeds\n\n" + difference_table(differences))
+    return "\n".join(blocks)
+
+
+def difference_table(differences: Mapping[tuple[str, str, str], tuple[Difference, float, int]]) -> str:
+    """Adjusted over tasks for each rival; `*` where that p value is below 0.05."""
+    rows = []
+    for name, policy in dict.fromkeys((name, policy) for _, name, policy in differences):
+        adjusted = holm({t: d.p for (t, n, q), (d, _, _) in differences.items() if (n, q) == (name, policy)})
+        for task, p in adjusted.items():
+            test, p_rows, seeds = differences[task, name, policy]
+            rows.append([name, policy, task, seeds, f"{test}{' *' if p < 0.05 else ''}", f"{p:.3f}", f"{p_rows:.3f}"])
+    header = ["against", "policy", "task", "seeds", "difference [95% interval]", "p, Holm", "McNemar, median p"]
+    return table(header, rows)
+
+
+def with_halves(results: Results, system: str) -> Results:
+    """`bert` is the full model, `bert-half` the one of half the layers."""
+    if system in ("bert", "bert-half"):
+        depth = 2 if system == "bert-half" else 1
+        return [r for r in only(results, system="bert") if r["layers"] * depth == r["full_depth"]]
+    return only(results, system=system)
+
+
+def answers_of(results: Results) -> dict[tuple[str, str, str], dict[int, Answer]]:
+    """By task, system and policy: the answers by seed."""
+    answers: dict[tuple[str, str, str], dict[int, Answer]] = {}
+    for _, system, policy in SYSTEMS:
+        for result in with_halves(results, system):
+            run = result["run"]
+            answers.setdefault((run["task"], system, policy), {})[run["seed"]] = answer(result, policy)
+    return answers
+
+
+def table3(results: Results) -> str:
+    """How much the KD weight α matters."""
+    blocks = []
+    for task in tasks_of(results):
+        rows = []
+        for system in ("ml", "gaml-soft"):
+            for kind, value in (
+                ("mean over exits", mean_over_exits),
+                ("last exit", lambda r: exit_score(r, r["layers"])),
+                ("entropy at 2x", lambda r: answer(r, "entropy").score),
+            ):
+                by_alpha = {a: [value(r) for r in only(results, task=task, system=system, alpha=a)] for a in ALPHAS}
+                means = [np.mean(values) for values in by_alpha.values() if values]
+                rows.append(
+                    [system, kind, *(spread(v) for v in by_alpha.values()), f"{np.ptp(means):.1f}" if means else ""]
+                )
+            if task == "cola":
+                paper = PAPER_TABLE_3[system]
+                rows.append([system, "paper (BERT-base, at 2x)", *paper, f"{max(paper) - min(paper):.1f}"])
+        blocks.append(f"### {task}\n\n" + table(["system", "score", *(f"α {a}" for a in ALPHAS), "range"], rows))
+    return "\n".join(blocks)
+
+
+def table4(results: Results) -> str:
+    """Training cost in steps."""
+    rows = []
+    for task in tasks_of(results):
+        for system in ("bert", "multi-exit", "fastbert", "fastbert-joint", "ml", "gaml-hard", "gaml-soft"):
+            found = [r for r in with_halves(results, system) if r["run"]["task"] == task]
+            early = sum(r["stopped_at_step"] < r["run"]["epochs"] * r["steps_per_epoch"] for r in found)
+            rows.append(
+                [
+                    task,
+                    system,
+                    spread([r["stopped_at_step"] for r in found], 0),
+                    spread([r["best_step"] for r in found], 0),
+                    f"{early} of {len(found)}",
+                    PAPER_TABLE_4.get(system, {}).get(task, ""),
+                ]
+            )
+    return table(
+        [
+            "task",
+            "system",
+            "steps until it ended",
+            "steps to the best checkpoint",
+            "stopped early",
+            "paper (BERT-base)",
+        ],
+        rows,
+    )
+
+
+def table5(results: Results) -> str:
+    """Other exit policies."""
+    rows = []
+    for task in tasks_of(results):
+        for policy in ("entropy", "max_prob", "patience"):
+            for system in ("multi-exit", "fastbert-joint", "ml", "gaml-hard", "gaml-soft"):
+                found = [answer(r, policy) for r in only(results, task=task, system=system)]
+                if not found:
+                    continue
+                speed = f"{np.mean([a.speed_up for a in found]):.2f}x"
+                outside = sum(not a.in_target for a in found)
+                rows.append(
+                    [
+                        task,
+                        policy,
+                        system,
+                        spread([a.score for a in found]),
+                        speed + (f", {outside} outside" if outside else ""),
+                        PAPER_TABLE_5.get((system, policy), {}).get(task, ""),
+                    ]
+                )
+    return table(["task", "policy", "system", "score", "speed-up", "paper (BERT-base)"], rows)
+
+
+def fig3(results: Results, folder: Path) -> str:
+    """Angles between the two gradients while ML-BERT is trained (Eq. 4)."""
+    lines = []
+    for result in results:
+        if not result["run"]["watch_angle"]:
+            continue
+        cosines = [entry["alignment/cos_angle"] for entry in result["log"] if "alignment/cos_angle" in entry]
+        name = f"fig3-{result['name']}.png"
+        plots.gradient_angles(cosines, folder / name, title=f"ML-BERT on {result['run']['task']}")
+        conflict = np.mean(np.array(cosines) < 0)
+        lines.append(
+            f"{result['name']}: {conflict:.0%} of {len(cosines)} steps above 90° (paper, SST-2: about half).\n\n"
+            f"![]({name})\n"
+        )
+    return "\n".join(lines)
+
+
+def fig4(results: Results, folder: Path) -> str:
+    """Depth-score curves, means over seeds, and BERT at full depth."""
+    lines = []
+    for task in tasks_of(results):
+        curves = {}
+        for system in ("multi-exit", "fastbert-joint", "ml", "gaml-hard", "gaml-soft"):
+            found = only(results, task=task, system=system)
+            if found:
+                curves[f"{system} (n={len(found)})"] = {
+                    m: float(np.mean([exit_score(r, m) for r in found])) for m in found[0]["exit_layers"]
+                }
+        if not curves:
+            continue
+        bert = [exit_score(r, r["layers"]) for r in with_halves(results, "bert") if r["run"]["task"] == task]
+        name = f"fig4-{task}.png"
+        plots.depth_score(
+            curves,
+            main_metric(task),
+            folder / name,
+            float(np.mean(bert)) if bert else None,
+            title=f"{task}: score of each exit",
+        )
+        layers = sorted({m for curve in curves.values() for m in curve})
+        rows = [[system, *(f"{curve[m]:.1f}" for m in layers)] for system, curve in curves.items()]
+        lines.append(f"### {task}\n\n![]({name})\n\n" + table(["system", *map(str, layers)], rows))
+    return "\n".join(lines)
+
+
+def fig5(results: Results, folder: Path) -> str:
+    """Over-thinking: plain BERT fine-tuned with one classifier behind layer i."""
+    curves = {}
+    for task in tasks_of(results):
+        layers = sorted({r["layers"] for r in only(results, task=task, system="bert")})
+        curves[task] = {
+            m: float(np.mean([exit_score(r, m) for r in only(results, task=task, system="bert") if r["layers"] == m]))
+            for m in layers
+        }
+    curves = {task: curve for task, curve in curves.items() if len(curve) > 1}
+    if not curves:
+        return "Not run.\n"
+    plots.overthinking(curves, "score x 100", folder / "fig5.png")
+    layers = sorted({m for curve in curves.values() for m in curve})
+    return "![](fig5.png)\n\n" + table(
+        ["task", *map(str, layers)],
+        [[task, *(f"{curve[m]:.1f}" if m in curve else "" for m in layers)] for task, curve in curves.items()],
+    )
+
+
+def ga(results: Results) -> str:
+    """Which reading of gradient alignment does what the paper says."""
+    rows = []
+    for task in tasks_of(results):
+        base = {
+            r["run"]["seed"]: mean_over_exits(r)
+            for r in only(results, task=task, system="ml", kd_reduction="mean", max_grad_norm=1.0)
+        }
+        kinds = itertools.product(
+            ("multi-exit", "ml", "gaml-hard", "gaml-soft"), ("global", "layer", "tensor"), ("mean", "sum"), (1.0, 0.0)
+        )
+        for system, granularity, reduction, clip in kinds:
+            found = only(
+                results,
+                task=task,
+                system=system,
+                ga_granularity=granularity,
+                kd_reduction=reduction,
+                max_grad_norm=clip,
+            )
+            if not found:
+                continue
+            seeds = [r["run"]["seed"] for r in found if r["run"]["seed"] in base]
+            test = paired_difference(
+                [mean_over_exits(r) for r in found if r["run"]["seed"] in base], [base[s] for s in seeds]
+            )
+            logged = [entry for r in found for entry in r["log"] if "alignment/coefficient" in entry]
+            lowest = [entry["alignment/coefficient_min"] for entry in logged]
+            highest = [entry["alignment/coefficient_max"] for entry in logged]
+            rows.append(
+                [
+                    task,
+                    system,
+                    granularity if system.startswith("gaml") else "",
+                    reduction if system != "multi-exit" else "",
+                    clip or "none",
+                    spread([mean_over_exits(r) for r in found]),
+                    spread([exit_score(r, r["layers"]) for r in found]),
+                    spread([answer(r, "entropy").score for r in found]),
+                    spread([r["best_step"] for r in found], 0),
+                    str(test) if test else "",
+                    f"{min(lowest):.2f} to {max(highest):.2f}" if logged else "",
+                    f"{np.mean([entry['alignment/conflict'] for entry in logged]):.0%}" if logged else "",
+                ]
+            )
+    header = [
+        "task",
+        "system",
+        "granularity",
+        "KD",
+        "clipping",
+        "mean over exits",
+        "last exit",
+        "entropy at 2x",
+        "best step",
+        "mean over exits, less ML-BERT's",
+        "c",
+        "conflict",
+    ]
+    return table(header, rows)
+
+
+REPORTS: dict[str, Callable[..., str]] = {
+    f.__name__: f for f in (table1, table2, table3, table4, table5, fig3, fig4, fig5, ga)
+}
+
+
+def write(experiment: str, results: Results, folder: Path) -> Path:
+    """`folder/<experiment>.md`, and its figures beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    make = REPORTS[experiment]
+    text = make(results, folder) if experiment.startswith("fig") else make(results)
+    path = folder / f"{experiment}.md"
+    path.write_text(f"## {experiment}: {make.__doc__}\n\n{text}\n{conditions(results)}", encoding="utf-8")
+    return path

@@ -1,0 +1,259 @@
+"""
+The tables and figures of the paper, one command each.
+
+    python benchmarks/reproduce.py table2 --tasks cola mrpc --seeds 0 1 2 --backbone google-bert/bert-base-uncased
+    python benchmarks/reproduce.py table2 --tasks cola mrpc --dry-run     # how many runs, and about how long
+    python benchmarks/reproduce.py grid --tasks cola --systems gaml-soft  # hyper-parameters, by cross-validation
+
+Every training leaves one JSON in `--ledger`, and one that is there is not run again: stop whenever you like, and
+give the same command to go on. Reports are made from the JSONs, into `--ledger`/reports. Several processes share the
+work with `--shard 0/2` and `--shard 1/2`.
+
+`table1` to `table5` and `fig3` to `fig5` are the paper's. `ga` compares the readings of gradient alignment that the
+paper leaves open. `grid` is the search of Sec. 6.4: its winner for a task and system (or, for lack of one, for the
+multi-exit model, or else Table 7's values) is what the others train with, unless options say otherwise.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import time
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import torch
+import transformers
+from transformers import AutoConfig
+
+from benchmarks import reports
+from benchmarks.runs import EXIT_SYSTEMS, Run, Settings, perform
+from gaml_hf.glue import GLUE_TASKS, get_task
+
+
+STATIC_SYSTEMS = ("distilbert", "pkd", "layer_drop", "theseus", "head_pruning")
+# Sec. 6.4
+LEARNING_RATES, BATCH_SIZES = (1e-5, 2e-5, 3e-5, 5e-5), (16, 32, 128)
+WARMUPS, GRID_ALPHAS = (0.8, 1.0, 1.2), (0.1, 0.2, 0.3, 0.5, 0.8)
+
+
+def experiment(name: str, options: argparse.Namespace, depth: int) -> list[Run]:
+    """The trainings that an experiment needs."""
+    runs = []
+    for task, seed in itertools.product(options.tasks, options.seeds):
+
+        def run(system: str, task: str = task, seed: int = seed, **fields) -> None:
+            base = "bert" if fields.get("layers") else system
+            if options.systems is None or system in options.systems or base in options.systems:
+                runs.append(replace(recipe(task, system, options), seed=seed, **fields))
+
+        if name == "table1":
+            for shallow in (1, depth // 2):
+                run("bert", layers=shallow)
+                for system in reports.PAIR_SYSTEMS[1:]:
+                    run(system, exits=(shallow, depth))
+            run("bert", layers=depth)
+        elif name == "table2":
+            for system in dict.fromkeys(system for _, system, _ in reports.SYSTEMS):
+                if system.startswith("bert"):
+                    run("bert", layers=depth if system == "bert" else depth // 2)
+                else:
+                    run(system)
+        elif name == "table3":
+            for system, alpha in itertools.product(("ml", "gaml-soft"), reports.ALPHAS):
+                run(system, alpha=alpha)
+        elif name == "table4":
+            run("bert", layers=depth)
+            for system in ("multi-exit", "fastbert", "fastbert-joint", "ml", "gaml-hard", "gaml-soft"):
+                run(system)
+        elif name == "table5":
+            for system in ("multi-exit", "gaml-soft"):
+                run(system)
+        elif name == "fig3":
+            run("ml", watch_angle=True)
+        elif name == "fig4":
+            run("bert", layers=depth)
+            for system in ("multi-exit", "ml", "gaml-soft"):
+                run(system)
+        elif name == "fig5":
+            for layers in range(1, depth + 1):
+                run("bert", layers=layers)
+        elif name == "ga":
+            run("multi-exit")
+            for reduction, clip in itertools.product(("mean", "sum"), (1.0, 0.0)):
+                run("ml", kd_reduction=reduction, max_grad_norm=clip)
+                for system, granularity in itertools.product(
+                    ("gaml-soft", "gaml-hard"), ("global", "layer", "tensor")
+                ):
+                    run(system, kd_reduction=reduction, max_grad_norm=clip, ga_granularity=granularity)
+    return list(dict.fromkeys(runs))
+
+
+def grid(options: argparse.Namespace) -> list[Run]:
+    """The search of Sec. 6.4: every combination on every fold."""
+    runs = []
+    for task, system in itertools.product(options.tasks, options.systems or ["multi-exit", "ml", "gaml-soft"]):
+        start = recipe(task, system, options, searched=False)
+        distils = EXIT_SYSTEMS.get(system, {}).get("distillation") != "none"
+        combinations = itertools.product(
+            options.learning_rates or LEARNING_RATES,
+            options.batch_sizes or BATCH_SIZES,
+            options.warmups or WARMUPS,
+            (options.alphas or GRID_ALPHAS) if distils else [start.alpha],
+            range(options.folds),
+        )
+        for rate, batch, warmup, alpha, fold in combinations:
+            runs.append(
+                replace(
+                    start,
+                    learning_rate=rate,
+                    batch_size=batch,
+                    warmup_epochs=warmup,
+                    alpha=alpha,
+                    fold=fold,
+                    folds=options.folds,
+                    seed=options.seeds[0],
+                )
+            )
+    return runs
+
+
+def recipe(task_name: str, system: str, options: argparse.Namespace, searched: bool = True) -> Run:
+    """The hyper-parameters of a task: options, else the grid's winner, else Table 7."""
+    task = get_task(task_name)
+    chosen = {
+        "learning_rate": task.learning_rate,
+        "batch_size": task.batch_size,
+        "warmup_epochs": task.warmup_epochs,
+        "alpha": task.alpha,
+    }
+    if searched:
+        found = winner(task_name, system, options) or winner(task_name, "multi-exit", options)
+        chosen |= {key: value for key, value in (found or {}).items() if key != "alpha" or system == found["system"]}
+    for key, values in (
+        ("learning_rate", options.learning_rates),
+        ("batch_size", options.batch_sizes),
+        ("warmup_epochs", options.warmups),
+        ("alpha", options.alphas),
+    ):
+        if values and len(values) == 1:
+            chosen[key] = values[0]
+    chosen.pop("system", None)
+    return Run(
+        task=task_name,
+        system=system,
+        backbone=Path(options.backbone).name if Path(options.backbone).is_dir() else options.backbone,
+        seed=0,
+        epochs=options.epochs,
+        max_train_rows=options.max_train_rows,
+        bf16=options.bf16,
+        **chosen,
+    )
+
+
+def winner(task_name: str, system: str, options: argparse.Namespace) -> dict | None:
+    """The combination with the best mean over folds of the mean over exits, among those with all folds done."""
+    scores = defaultdict(list)
+    for result in ledger(options.ledger):
+        run = result["run"]
+        if run["folds"] and (run["task"], run["system"]) == (task_name, system):
+            key = tuple(run[name] for name in ("learning_rate", "batch_size", "warmup_epochs", "alpha", "folds"))
+            scores[key].append(result["exit_mean"])
+    complete = {key: statistics.mean(values) for key, values in scores.items() if len(values) == key[-1]}
+    if not complete:
+        return None
+    best = max(complete, key=complete.get)
+    return dict(zip(("learning_rate", "batch_size", "warmup_epochs", "alpha"), best, strict=False)) | {
+        "system": system
+    }
+
+
+def ledger(folder: Path) -> list[dict]:
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+
+
+def seconds_of(run: Run, known: list[dict]) -> float | None:
+    """About how long a run takes, by the runs of the same task on record; None without one."""
+    for same in (("task", "system", "bf16"), ("task", "bf16"), ("task",)):
+        rates = [
+            result["seconds"] / (result["rows"]["train"] * result["stopped_at_step"] / result["steps_per_epoch"])
+            for result in known
+            if all(result["run"][key] == getattr(run, key) for key in same)
+        ]
+        if rates:
+            rows = statistics.median(result["rows"]["train"] for result in known if result["run"]["task"] == run.task)
+            return statistics.mean(rates) * rows * run.epochs
+    return None
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", choices=[*reports.REPORTS, "grid"])
+    parser.add_argument("--tasks", nargs="+", default=list(GLUE_TASKS), choices=list(GLUE_TASKS))
+    parser.add_argument("--systems", nargs="+", choices=[*EXIT_SYSTEMS, *STATIC_SYSTEMS], help="only these")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--backbone", default="google-bert/bert-base-uncased", help="a BERT: a folder or a Hub name")
+    parser.add_argument("--data", help="a folder with a folder of parquet files per task; else nyu-mll/glue")
+    parser.add_argument("--ledger", type=Path, default=Path("runs"))
+    parser.add_argument("--epochs", type=int, default=20, help="at most; early stopping ends a run sooner")
+    parser.add_argument("--learning_rates", nargs="+", type=float, help="one value, or a grid's")
+    parser.add_argument("--batch_sizes", nargs="+", type=int)
+    parser.add_argument("--warmups", nargs="+", type=float, help="in epochs")
+    parser.add_argument("--alphas", nargs="+", type=float)
+    parser.add_argument("--folds", type=int, default=5)
+    parser.add_argument("--max_train_rows", type=int)
+    parser.add_argument("--bf16", action="store_true", help="train under bfloat16 autocast")
+    parser.add_argument("--shard", default="0/1", help="i/n: every n-th run, from the i-th")
+    parser.add_argument("--dry-run", "--dry_run", action="store_true", help="count the runs and estimate the time")
+    parser.add_argument("--report", action="store_true", help="train nothing, write the report")
+    options = parser.parse_args(argv)
+
+    if not torch.accelerator.is_available():
+        torch.set_num_threads(1)
+    datasets.disable_progress_bars()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    depth = AutoConfig.from_pretrained(options.backbone).num_hidden_layers
+    settings = Settings(options.ledger, options.backbone, options.data)
+    runs = grid(options) if options.experiment == "grid" else experiment(options.experiment, options, depth)
+    if not runs:
+        parser.error(f"{options.experiment} has no run of `--systems {' '.join(options.systems)}`.")
+    missing = [run for run in runs if not settings.path(run).exists()]
+    index, count = map(int, options.shard.split("/"))
+    mine = missing[index::count]
+    known = ledger(options.ledger)
+
+    def time_left(of: list[Run]) -> str:
+        guesses = [seconds_of(run, known) for run in of]
+        unknown = guesses.count(None)
+        hours = sum(guess for guess in guesses if guess is not None) / 3600
+        return f"about {hours:.1f} h" + (f" and {unknown} runs of unknown length" if unknown else "")
+
+    print(f"{options.experiment}: {len(runs)} runs, {len(missing)} to do, {time_left(missing)}", flush=True)
+    if options.dry_run:
+        return
+    if not options.report:
+        for position, run in enumerate(mine, start=1):
+            started = time.time()
+            result = perform(run, settings)
+            known.append(result)
+            print(
+                f"[{position}/{len(mine)}] {run.name}: mean over exits {result['exit_mean']:.4f}, best at step "
+                f"{result['best_step']} of {result['stopped_at_step']}, {time.time() - started:.0f} s; "
+                f"left: {time_left(mine[position:])}",
+                flush=True,
+            )
+    done = [json.loads(settings.path(run).read_text(encoding="utf-8")) for run in runs if settings.path(run).exists()]
+    if options.experiment == "grid":
+        for task, system in dict.fromkeys((run.task, run.system) for run in runs):
+            print(f"{task}, {system}: {winner(task, system, options)}")
+    elif done:
+        print(reports.write(options.experiment, done, options.ledger / "reports"))
+    else:
+        print("Nothing to report yet.")
+
+
+if __name__ == "__main__":
+    main()
