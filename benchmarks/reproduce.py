@@ -188,7 +188,7 @@ def seconds_of(run: Run, known: list[dict]) -> float | None:
     return None
 
 
-def main(argv: list[str] | None = None) -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", choices=[*reports.REPORTS, "grid"])
     parser.add_argument("--tasks", nargs="+", default=list(GLUE_TASKS), choices=list(GLUE_TASKS))
@@ -208,8 +208,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--shard", default="0/1", help="i/n: every n-th run, from the i-th")
     parser.add_argument("--dry-run", "--dry_run", action="store_true", help="count the runs and estimate the time")
     parser.add_argument("--report", action="store_true", help="train nothing, write the report")
-    options = parser.parse_args(argv)
+    return parser
 
+
+def main(argv: list[str] | None = None) -> None:
+    options = parser().parse_args(argv)
     if not torch.accelerator.is_available():
         torch.set_num_threads(1)
     datasets.disable_progress_bars()
@@ -219,7 +222,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = Settings(options.ledger, options.backbone, options.data)
     runs = grid(options) if options.experiment == "grid" else experiment(options.experiment, options, depth)
     if not runs:
-        parser.error(f"{options.experiment} has no run of `--systems {' '.join(options.systems)}`.")
+        parser().error(f"{options.experiment} has no run of `--systems {' '.join(options.systems)}`.")
     missing = [run for run in runs if not settings.path(run).exists()]
     index, count = map(int, options.shard.split("/"))
     mine = missing[index::count]

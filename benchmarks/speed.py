@@ -39,7 +39,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification
-from gaml_hf.engine_gaml import Layout, run_layer
+from gaml_hf.engine_gaml import Layout, run_cls, run_layer
 from gaml_hf.exiting_gaml import Budgeted, ExitPolicy, FullDepth, policy_from_config
 
 
@@ -299,6 +299,43 @@ def spread(values: list[float]) -> str:
     return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
+def profile(models: dict[str, GamlBertForSequenceClassification], lengths: list[int], rounds: int) -> None:
+    """Where the time of a single text goes, in whole layers of the same model and length."""
+    for (name, model), length in itertools.product(models.items(), lengths):
+        batch = make_batch(np.array([length]))
+        layout = Layout(batch["attention_mask"].bool(), torch.device("cpu"))
+        tokens = layout.pack(model._embed(batch["input_ids"], None, None, None))
+        layer, cls = model.bert.encoder.layer[0], tokens[:1]
+        middle = len(model.bert.encoder.layer) // 2
+        parts = {
+            "a layer": lambda layer=layer, tokens=tokens, rows=layout.rows: run_layer(layer, tokens, rows),
+            "a layer for [CLS] alone": lambda layer=layer, tokens=tokens, rows=layout.rows: run_cls(
+                layer, tokens, rows
+            ),
+            "embeddings": lambda model=model, batch=batch: model._embed(batch["input_ids"], None, None, None),
+            "an exit and its decision": lambda model=model, cls=cls: (
+                model._run_exit(1, cls[:, None]).softmax(dim=-1).amax() > 0.5
+            ).item(),
+            f"all, exit {middle}": lambda model=model, batch=batch, middle=middle: model(
+                **batch, exit_policy=Budgeted(middle)
+            ),
+        }
+        seconds: dict[str, list[float]] = {part: [] for part in parts}
+        for _ in range(rounds + 1):
+            for part, run in parts.items():
+                started = time.perf_counter()
+                for _ in range(5):
+                    run()
+                seconds[part].append((time.perf_counter() - started) / 5)
+        whole = statistics.median(seconds["a layer"][1:])
+        shares = {part: statistics.median(values[1:]) / whole for part, values in seconds.items()}
+        print(f"\n{name}, {length} tokens, in layers")
+        for part, share in shares.items():
+            print(f"  {part:28} {share:6.3f}")
+        known = (middle - 1) + shares["a layer for [CLS] alone"] + shares["embeddings"]
+        print(f"  {'of which not in these parts':28} {shares[f'all, exit {middle}'] - known:6.3f}")
+
+
 def draw(results: list[dict], path: Path) -> None:
     """Wall-clock speed-up against speed-up in layers; a line of medians for each system."""
     figure = Figure(figsize=(7.6, 4.4), dpi=130, layout="constrained")
@@ -332,6 +369,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true", help="our layers under torch.compile, too")
     parser.add_argument("--split", action="store_true", help="ours with every layer and with no layer split, too")
+    parser.add_argument("--profile", action="store_true", help="only tell where the time of a single text goes")
     parser.add_argument("--systems", nargs="+", help="only these; the first named is the base")
     parser.add_argument("--checkpoint", help="a trained GAML-BERT, in place of random weights")
     parser.add_argument("--data", help="with --checkpoint: texts, csv or parquet")
@@ -351,6 +389,10 @@ def main(argv: list[str] | None = None) -> None:
             systems, workloads = trained(options)
         else:
             systems, workloads = make_systems(options, Path(folder)), make_workloads(options)
+        if options.profile:
+            models = {name: model for name, (run, model) in systems.items() if run is ours and hasattr(model, "bert")}
+            profile(models, [int(length) for length in options.lengths if length.isdigit()], options.rounds)
+            return
         base = next(iter(systems))
         prices = {
             name: token_price(model)

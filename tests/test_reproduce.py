@@ -1,0 +1,314 @@
+"""The experiments: what a run is, what it leaves behind, and that the tables tell what the JSONs say."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from pytest import approx, fixture, mark, raises
+from torch.testing import assert_close
+from transformers import BertConfig, BertForSequenceClassification
+
+from benchmarks import reports, reproduce
+from benchmarks.runs import EXIT_SYSTEMS, Run, Settings, decode_array, encode_array, fit_exits, perform
+from gaml_hf import GamlBertForSequenceClassification
+
+
+RUN = Run(
+    task="cola",
+    system="multi-exit",
+    backbone="tiny",
+    seed=0,
+    learning_rate=1e-2,
+    batch_size=8,
+    warmup_epochs=0.5,
+    alpha=0.3,
+    epochs=2,
+)
+
+
+@fixture
+def settings(tmp_path, bert_kwargs, tokenizer) -> Settings:
+    """A tiny backbone, and a CoLA of 80 + 30 sentences in which "good" is acceptable."""
+    torch.manual_seed(0)
+    backbone = tmp_path / "tiny"
+    BertForSequenceClassification(BertConfig(**bert_kwargs)).save_pretrained(backbone)
+    tokenizer.save_pretrained(backbone)
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "glue" / "cola"
+    folder.mkdir(parents=True)
+    for split, count in (("train", 80), ("validation", 30)):
+        labels = rng.integers(0, 2, count)
+        fillers = rng.choice(["film", "movie", "story", "plot", "the"], (count, 4))
+        texts = [" ".join([*words, "good" if label else "bad"]) for words, label in zip(fillers, labels, strict=True)]
+        Dataset.from_dict({"sentence": texts, "label": labels, "idx": range(count)}).to_parquet(
+            folder / f"{split}.parquet"
+        )
+    return Settings(tmp_path / "runs", str(backbone), str(tmp_path / "glue"))
+
+
+def test_a_run_is_named_by_everything_that_decides_it():
+    assert replace(RUN).name == RUN.name
+    others = [
+        replace(RUN, **change)
+        for change in (
+            {"seed": 1},
+            {"alpha": 0.5},
+            {"layers": 3},
+            {"exits": (1, 4)},
+            {"max_grad_norm": 0.0},
+            {"ga_granularity": "layer"},
+            {"watch_angle": True},
+            {"fold": 0, "folds": 2},
+            {"bf16": True},
+        )
+    ]
+    assert len({run.name for run in [RUN, *others]}) == 10
+
+
+def test_arrays_survive_json():
+    values = np.random.default_rng(0).normal(size=(5, 4, 2)).astype(np.float32)
+    back = decode_array(json.loads(json.dumps(encode_array(values))))
+    assert back.dtype == np.float32
+    assert (back == values).all()
+
+
+def test_a_run_leaves_one_json_and_is_not_repeated(settings, monkeypatch):
+    result = perform(RUN, settings)
+    path = settings.path(RUN)
+    assert [path] == list(settings.ledger.iterdir())
+    assert result["rows"] == {"train": 72, "held_out": 8, "validation": 30}
+    assert result["stopped_at_step"] == 2 * 9
+    logits = decode_array(result["logits"]["validation"])
+    assert logits.shape == (30, 4, 2)
+    # The scores are those of the logits, by the definition of Matthews' correlation.
+    labels = np.array(result["labels"]["validation"])
+    expected = np.corrcoef(logits[:, 3].argmax(-1), labels)[0, 1]
+    assert result["scores"]["validation"][4]["matthews_correlation"] == approx(expected)
+    assert expected > 0.9  # "good" and "bad" are easily told apart
+
+    monkeypatch.setattr("benchmarks.runs.train", lambda *_: 1 / 0)
+    assert perform(RUN, settings) == json.loads(path.read_text())
+
+
+def test_a_fold_leaves_the_validation_set_alone(settings):
+    first, second = (perform(replace(RUN, fold=i, folds=2, epochs=1), settings) for i in (0, 1))
+    assert first["rows"] == {"train": 40, "held_out": 40}
+    assert list(first["scores"]) == ["held_out"]
+    assert first["labels"]["held_out"] != second["labels"]["held_out"]
+    assert abs(sum(first["labels"]["held_out"]) - sum(second["labels"]["held_out"])) <= 1  # stratified
+
+
+def trained(run: Run, settings: Settings, monkeypatch) -> GamlBertForSequenceClassification:
+    kept = []
+
+    def keep(*args):
+        kept.append(fit_exits(*args))
+        return kept[-1]
+
+    monkeypatch.setattr("benchmarks.runs.fit_exits", keep)
+    perform(run, settings)
+    return kept[-1][1]
+
+
+@mark.parametrize("system", ["deebert", "fastbert"])
+def test_two_stages(settings, system, monkeypatch):
+    plain = trained(replace(RUN, system="multi-exit", layers=4), settings, monkeypatch)
+    assert all(parameter.requires_grad for parameter in plain.parameters())
+    model = trained(replace(RUN, system=system), settings, monkeypatch)
+    learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert learning == {f"exit_classifiers.{m}.{kind}" for m in (1, 2, 3) for kind in ("weight", "bias")}
+    result = json.loads(settings.path(replace(RUN, system=system)).read_text())
+    assert result["stopped_at_step"] == 2 * 2 * 9  # both stages
+    assert result["scores"]["validation"]["4"]["matthews_correlation"] > 0.9
+
+
+def test_watching_the_angle_changes_nothing(settings, monkeypatch):
+    run = replace(RUN, system="ml", epochs=1)
+    plain = trained(run, settings, monkeypatch)
+    watched = trained(replace(run, watch_angle=True), settings, monkeypatch)
+    for name, parameter in plain.named_parameters():
+        assert_close(watched.get_parameter(name), parameter, rtol=1e-3, atol=1e-4)
+    result = json.loads(settings.path(replace(run, watch_angle=True)).read_text())
+    cosines = [entry["alignment/cos_angle"] for entry in result["log"] if "loss" in entry]
+    assert len(cosines) == 9
+    assert all(-1 <= value <= 1 for value in cosines)
+    assert len(set(cosines)) == 9
+
+
+def test_pairs(settings, monkeypatch):
+    for system, pairs in (("pair-deep-teaches", [[4, 1]]), ("pair-shallow-teaches", [[1, 4]])):
+        model = trained(replace(RUN, system=system, exits=(1, 4), epochs=1), settings, monkeypatch)
+        assert (model.config.exit_layers, model.config.distillation) == ([1, 4], pairs)
+
+
+def test_a_shallow_bert(settings, monkeypatch):
+    run = replace(RUN, system="bert", layers=2, epochs=1)
+    model = trained(run, settings, monkeypatch)
+    assert (len(model.bert.encoder.layer), model.config.exit_layers) == (2, [2])
+    assert json.loads(settings.path(run).read_text())["static_speed_up"] == 2.0
+
+
+# Statistics
+
+
+def test_holm_by_hand():
+    # 3 x 0.01; then 2 x 0.03; then 1 x 0.04, which must not fall below the one before.
+    assert reports.holm({"a": 0.01, "b": 0.04, "c": 0.03}) == approx({"a": 0.03, "c": 0.06, "b": 0.06})
+
+
+def test_mcnemar_by_hand():
+    ours, theirs = np.array([True] * 8 + [False] * 2 + [True] * 5), np.array([False] * 8 + [True] * 2 + [True] * 5)
+    # Two-sided binomial, 2 or fewer of 10: 2 * (1 + 10 + 45) / 2^10
+    assert reports.mcnemar(ours, theirs) == approx(112 / 1024)
+    assert reports.mcnemar(ours, ours) == 1.0
+
+
+def test_paired_difference_by_hand():
+    difference = reports.paired_difference([2.0, 4.0, 6.0], [1.0, 2.0, 3.0])
+    # Differences 1, 2, 3: standard error 1 / sqrt(3), t = 3.4641 with 2 degrees of freedom, whose 97.5% quantile
+    # is 4.3027.
+    assert difference.mean == approx(2.0)
+    assert (difference.low, difference.high) == approx((2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), abs=1e-4)
+    assert difference.p == approx(0.0742, abs=1e-4)
+    assert reports.paired_difference([1.0], [2.0]) is None
+    assert reports.paired_difference([1.0, 2.0], [1.0, 2.0]).p == 1.0
+
+
+# Reports
+
+
+def result_with(held_out: list, validation: list, labels: list, **fields) -> dict:
+    """A JSON of four layers whose logits are `(confidence of class 1)` by row and exit."""
+
+    def logits(rows: list) -> dict:
+        values = np.array(rows, dtype=np.float32)
+        return encode_array(np.stack([np.zeros_like(values), values], axis=-1))
+
+    run = {"task": "sst2", "system": "gaml-soft", "seed": 0} | fields
+    return {
+        "run": run,
+        "full_depth": 4,
+        "layers": 4,
+        "exit_layers": [1, 2, 3, 4],
+        "static_speed_up": 1.0,
+        "logits": {"held_out": logits(held_out), "validation": logits(validation)},
+        "labels": {"held_out": labels, "validation": labels},
+    }
+
+
+def test_the_policy_is_chosen_on_the_rows_set_aside():
+    rising = [[1, 2, 3, 4], [-1, -2, -3, -4]]  # patience 1 leaves at exit 2, a speed-up of 2
+    turning = [[1, -1, 1, -1], [-1, 1, -1, 1]]  # patience never leaves before the last exit
+    answer = reports.answer(result_with(rising, turning, [1, 0]), "patience")
+    assert (answer.parameter, answer.speed_up, answer.score) == (1, 1.0, 0.0)
+    assert not answer.in_target
+    answer = reports.answer(result_with(rising, rising, [1, 1]), "patience")
+    assert (answer.speed_up, answer.score, answer.in_target) == (2.0, 50.0, True)
+    assert answer.correct.tolist() == [True, False]
+    assert reports.answer(result_with(rising, rising, [1, 0]), "none").speed_up == 1.0
+
+
+def test_spread():
+    assert reports.spread([1.0, 2.0, 3.0]) == "2.0 ± 1.0 (n=3)"
+    assert reports.spread([1.0]) == "1.0 (n=1)"
+    assert reports.spread([]) == "not run"
+
+
+def words(settings: Settings, *more: str) -> list[str]:
+    common = f"--tasks cola --backbone {settings.backbone} --data {settings.data} --ledger {settings.ledger}"
+    return [*common.split(), "--epochs", "1", "--seeds", "0", "1", "--learning_rates", "1e-2", *more]
+
+
+def test_a_table_from_the_command_line(settings, capsys):
+    asked = words(settings, "--systems", "multi-exit", "ml", "gaml-soft")
+    reproduce.main(["table2", *asked, "--dry-run"])
+    assert capsys.readouterr().out == "table2: 6 runs, 6 to do, about 0.0 h and 6 runs of unknown length\n"
+    assert not settings.ledger.exists()
+
+    reproduce.main(["table2", *asked, "--shard", "1/2"])
+    assert len(list(settings.ledger.glob("*.json"))) == 3
+    reproduce.main(["table2", *asked])  # goes on
+    printed = capsys.readouterr().out
+    assert "6 runs, 3 to do, about 0.0 h\n" in printed
+    assert "[3/3]" in printed
+    text = (settings.ledger / "reports" / "table2.md").read_text()
+    scores = [
+        reports.answer(json.loads(path.read_text()), "patience").score
+        for path in sorted(settings.ledger.glob("cola-gaml-soft-*.json"))
+    ]
+    assert f"| GAML-BERT (GA-soft) | patience | {reports.spread(scores)} |" in text
+    assert "| FastBERT-GA | patience | not run |" in text
+    assert "6 runs" in text
+
+    # Other tables take the same runs.
+    reproduce.main(["table5", *words(settings), "--report"])
+    assert "| cola | entropy | gaml-soft |" in (settings.ledger / "reports" / "table5.md").read_text()
+
+
+@mark.parametrize(
+    ("experiment", "systems", "figure"),
+    [
+        ("table1", ["pair-mutual"], None),
+        ("table3", ["ml"], None),
+        ("table4", ["multi-exit"], None),
+        ("fig3", ["ml"], "fig3-*.png"),
+        ("fig4", ["multi-exit"], "fig4-cola.png"),
+        ("fig5", ["bert"], "fig5.png"),
+        ("ga", ["gaml-hard"], None),
+    ],
+)
+def test_every_report(settings, experiment, systems, figure):
+    asked = words(settings, "--max_train_rows", "16", "--systems", *systems)
+    asked[asked.index("--seeds") + 2 : asked.index("--seeds") + 3] = []  # one seed
+    reproduce.main([experiment, *asked])
+    folder = settings.ledger / "reports"
+    text = (folder / f"{experiment}.md").read_text()
+    assert "cola" in text
+    if figure:
+        (path,) = folder.glob(figure)
+        assert path.read_bytes().startswith(b"\x89PNG")
+        assert f"({path.name})" in text
+
+
+def test_the_grid_and_its_winner(settings, capsys):
+    asked = words(settings, "--folds", "2", "--systems", "multi-exit", "--batch_sizes", "8", "--epochs", "3")
+    asked[asked.index("--learning_rates") + 1 : asked.index("--learning_rates") + 2] = ["1e-5", "1e-2"]
+    reproduce.main(["grid", *asked, "--warmups", "0.5"])
+    assert "'learning_rate': 0.01" in capsys.readouterr().out
+    options = parse(words(settings))
+    options.learning_rates = None
+    # The others take it too, but for α, which the multi-exit model does not have.
+    found = reproduce.recipe("cola", "ml", options)
+    assert (found.learning_rate, found.batch_size, found.warmup_epochs, found.alpha) == (0.01, 8, 0.5, 0.3)
+    options.learning_rates = [3e-5]
+    assert reproduce.recipe("cola", "ml", options).learning_rate == 3e-5
+    assert reproduce.recipe("rte", "ml", options).batch_size == 16  # Table 7
+
+
+def test_an_unknown_combination(settings):
+    with raises(SystemExit):
+        reproduce.main(["table3", *words(settings), "--systems", "deebert"])
+
+
+def test_every_system_of_table_2_can_be_run():
+    systems = {system for _, system, _ in reports.SYSTEMS} - {"bert-half"}
+    assert systems <= EXIT_SYSTEMS.keys() | set(reproduce.STATIC_SYSTEMS)
+    assert all(set(scores) == set(reports.TASKS) for scores in reports.PAPER_TABLE_2.values())
+    assert set(reports.PAPER_TABLE_2) <= {name for name, _, _ in reports.SYSTEMS}
+
+
+def parse(argv: list[str]):
+    return reproduce.parser().parse_args(["table2", *argv])
+
+
+def test_no_run_is_longer_than_needed(tmp_path: Path):
+    """Table 4 and Figure 4 add nothing that Table 2 did not train."""
+    options = parse(["--tasks", "cola", "--ledger", str(tmp_path), "--backbone", "tiny"])
+    names = {
+        name: {run.name for run in reproduce.experiment(name, options, 12)} for name in ("table2", "table4", "fig4")
+    }
+    assert names["table4"] <= names["table2"]
+    assert names["fig4"] <= names["table2"]
