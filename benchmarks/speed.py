@@ -27,6 +27,7 @@ import statistics
 import tempfile
 import time
 import warnings
+from collections import defaultdict
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
@@ -305,35 +306,35 @@ def profile(models: dict[str, GamlBertForSequenceClassification], lengths: list[
         batch = make_batch(np.array([length]))
         layout = Layout(batch["attention_mask"].bool(), torch.device("cpu"))
         tokens = layout.pack(model._embed(batch["input_ids"], None, None, None))
-        layer, cls = model.bert.encoder.layer[0], tokens[:1]
-        middle = len(model.bert.encoder.layer) // 2
-        parts = {
-            "a layer": lambda layer=layer, tokens=tokens, rows=layout.rows: run_layer(layer, tokens, rows),
-            "a layer for [CLS] alone": lambda layer=layer, tokens=tokens, rows=layout.rows: run_cls(
-                layer, tokens, rows
-            ),
-            "embeddings": lambda model=model, batch=batch: model._embed(batch["input_ids"], None, None, None),
-            "an exit and its decision": lambda model=model, cls=cls: (
-                model._run_exit(1, cls[:, None]).softmax(dim=-1).amax() > 0.5
-            ).item(),
-            f"all, exit {middle}": lambda model=model, batch=batch, middle=middle: model(
-                **batch, exit_policy=Budgeted(middle)
-            ),
-        }
-        seconds: dict[str, list[float]] = {part: [] for part in parts}
+        layers = model.bert.encoder.layer
+        middle = len(layers) // 2
+
+        def run(part: str, model=model, batch=batch, layout=layout, tokens=tokens, layers=layers, middle=middle):
+            if part == "embeddings":
+                model._embed(batch["input_ids"], None, None, None)
+            elif part == "exit and decision":
+                (model._run_exit(1, tokens[:1, None]).softmax(dim=-1).amax() > 0.5).item()
+            elif part == "the model":
+                model(**batch, exit_policy=Budgeted(middle))
+            else:  # all layers in turn: one alone would find its weights in the cache
+                for layer in layers:
+                    (run_layer if part == "whole layers" else run_cls)(layer, tokens, layout.rows)
+
+        seconds: dict[str, list[float]] = defaultdict(list)
         for _ in range(rounds + 1):
-            for part, run in parts.items():
+            for part in ("whole layers", "layers for [CLS] alone", "embeddings", "exit and decision", "the model"):
                 started = time.perf_counter()
-                for _ in range(5):
-                    run()
-                seconds[part].append((time.perf_counter() - started) / 5)
-        whole = statistics.median(seconds["a layer"][1:])
-        shares = {part: statistics.median(values[1:]) / whole for part, values in seconds.items()}
-        print(f"\n{name}, {length} tokens, in layers")
-        for part, share in shares.items():
-            print(f"  {part:28} {share:6.3f}")
-        known = (middle - 1) + shares["a layer for [CLS] alone"] + shares["embeddings"]
-        print(f"  {'of which not in these parts':28} {shares[f'all, exit {middle}'] - known:6.3f}")
+                run(part)
+                seconds[part].append(time.perf_counter() - started)
+        median = {part: statistics.median(values[1:]) for part, values in seconds.items()}
+        layer = median["whole layers"] / len(layers)
+        cls = median["layers for [CLS] alone"] / len(layers) / layer
+        embeddings, decision = median["embeddings"] / layer, median["exit and decision"] / layer
+        parts = middle - 1 + cls + embeddings + decision
+        print(
+            f"{name}, {length} tokens, in layers: [CLS] alone {cls:.3f}, embeddings {embeddings:.3f}, exit and decision "
+            f"{decision:.3f}; the model left at layer {middle} {median['the model'] / layer:.2f}, its parts {parts:.2f}"
+        )
 
 
 def draw(results: list[dict], path: Path) -> None:

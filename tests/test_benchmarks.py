@@ -26,3 +26,10 @@ def test_speed(tmp_path, capsys):
         assert result["workload"] in printed
         assert {len(seconds) for seconds in result["seconds"].values()} == {1}
         assert {"HF BERT, eager", "ours", "ours, prepacked", "ours, every layer split"} <= result["seconds"].keys()
+
+
+def test_profile(capsys):
+    threads = torch.get_num_threads()
+    speed.main("--profile --layers 2 --lengths 9 --rounds 1 --systems ours".split())
+    torch.set_num_threads(threads)
+    assert "ours, 9 tokens, in layers: [CLS] alone " in capsys.readouterr().out
