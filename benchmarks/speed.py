@@ -332,8 +332,9 @@ def profile(models: dict[str, GamlBertForSequenceClassification], lengths: list[
         embeddings, decision = median["embeddings"] / layer, median["exit and decision"] / layer
         parts = middle - 1 + cls + embeddings + decision
         print(
-            f"{name}, {length} tokens, in layers: [CLS] alone {cls:.3f}, embeddings {embeddings:.3f}, exit and decision "
-            f"{decision:.3f}; the model left at layer {middle} {median['the model'] / layer:.2f}, its parts {parts:.2f}"
+            f"{name}, {length} tokens, in layers: [CLS] alone {cls:.3f}, embeddings {embeddings:.3f}, exit and "
+            f"decision {decision:.3f}; the model left at layer {middle} {median['the model'] / layer:.2f}, "
+            f"its parts {parts:.2f}"
         )
 
 
