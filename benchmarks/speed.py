@@ -426,7 +426,8 @@ def main(argv: list[str] | None = None) -> None:
                 }
             )
     if options.figure:
-        draw(results, options.figure)
+        length = results[0]["workload"].partition(",")[0]  # the first one; more would lie over each other
+        draw([result for result in results if result["workload"].startswith(length + ",")], options.figure)
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps({"options": vars(options), "results": results}, indent=1, default=str))
