@@ -269,9 +269,8 @@ class GamlBertForSequenceClassification(BertPreTrainedModel):
         )
         layout = Layout(mask, hidden_states.device)
         tokens = layout.pack(hidden_states)  # (num_tokens, hidden_size), [CLS] of each row first
-        rows = torch.arange(batch_size)  # of the batch, for the rows still there
-        exit_layer = torch.empty(batch_size, dtype=torch.int64)
-        logits = None  # (batch_size, num_labels)
+        rows = list(range(batch_size))  # numbers in the batch of the rows still there
+        left: list[tuple[list[int], Tensor, int]] = []  # rows, their logits, and the layer at which they left
         history = hidden_states.new_empty(batch_size, 0, self.config.num_labels)  # (rows, num_exits_run, num_labels)
         cls_first = bool(policy.may_exit(history).any())
         for m, layer in enumerate(self.bert.encoder.layer, start=1):
@@ -283,22 +282,22 @@ class GamlBertForSequenceClassification(BertPreTrainedModel):
             else:
                 tokens = run_layer(layer, tokens, layout.rows)
                 cls = tokens[: len(rows)]
-            answer = self._run_exit(m, cls[:, None])
-            # Written for every row still there; a row that stays writes again at a later exit.
-            logits = answer if logits is None else logits.index_copy(0, layout.to_device(rows), answer)
-            exit_layer[rows] = m
+            answer = self._run_exit(m, cls[:, None])  # (rows, num_labels)
             if m == last:
                 break
             history = torch.cat([history.to(answer.dtype), answer[:, None]], dim=1)
-            # On a GPU, the one wait of this exit.
-            leave, may_exit = torch.stack([policy(history), policy.may_exit(history)]).cpu()
-            if leave.all():
+            # On a GPU, the one wait of this exit. Lists, since a tensor of a few numbers costs more than it saves.
+            leave, may_exit = torch.stack([policy(history), policy.may_exit(history)]).tolist()
+            if all(leave):
                 break
-            numbers = None
-            if leave.any():
-                kept = (~leave).nonzero().squeeze(1)
+            if any(leave):
+                gone = [i for i, leaves in enumerate(leave) if leaves]
+                kept = [i for i, leaves in enumerate(leave) if not leaves]
+                left.append(([rows[i] for i in gone], answer[layout.to_device(torch.tensor(gone))], m))
+                rows, may_exit = [rows[i] for i in kept], [may_exit[i] for i in kept]
+                kept = torch.tensor(kept)
                 layout, numbers = layout.keep(kept)
-                rows, kept = rows[kept], layout.to_device(kept)
+                kept = layout.to_device(kept)
                 history = history[kept]
                 if cls_first:
                     cls, key, value = cls[kept], key[kept, :, : layout.length], value[kept, :, : layout.length]
@@ -307,8 +306,13 @@ class GamlBertForSequenceClassification(BertPreTrainedModel):
                 tokens = cls
             elif cls_first:
                 tokens = torch.cat([cls, run_rest(layer, tokens[len(rows) :], key, value, layout.rows)])
-            cls_first = bool((may_exit & ~leave).any())
-        return logits, layout.to_device(exit_layer)
+            cls_first = any(may_exit)
+        left.append((rows, answer, m))
+        order = layout.to_device(torch.tensor([row for numbers, _, _ in left for row in numbers]))
+        exit_layer = layout.to_device(torch.tensor([m for numbers, _, m in left for _ in numbers]))
+        logits = torch.cat([answer for _, answer, _ in left])
+        # From the order in which rows left to that of the batch.
+        return logits.index_copy(0, order, logits), exit_layer.index_copy(0, order, exit_layer)
 
     def prepack(self) -> "GamlBertForSequenceClassification":
         """
