@@ -108,12 +108,8 @@ def test_a_baseline_trains_and_is_used(name, make_context, batch, tmp_path):
     after = trainer.model.state_dict()
     moved = {key for key in after if not torch.equal(before[key], after[key])}
     if name == "theseus":
-        assert moved == {key for key in after if key.startswith("bert.encoder.layer.")} - {
-            key
-            for key in after
-            if key.endswith("attention.self.key.bias")  # whose gradient is zero in theory
-        } or all(key.startswith("bert.encoder.layer.") for key in moved)
         assert moved
+        assert all(key.startswith("bert.encoder.layer.") for key in moved)
     else:
         assert {"classifier.weight", "bert.embeddings.word_embeddings.weight"} < moved
 
