@@ -441,6 +441,7 @@ def test_head_pruning_prunes_after_training(make_context, batch):
     expected = masked(trainer.model.eval(), heads, batch)
     model = head_pruning.finish(trainer)
     assert_close(model(**batch).logits, expected)
+    assert_close(tensor(trainer.predict(trainer.eval_dataset).predictions), expected)
     assert sum(layer.attention.self.num_attention_heads for layer in model.bert.encoder.layer) == LAYERS * 4 // 2
     with raises(ValueError, match=r"`share` must lie in \[0, 1\).* Got 1"):
         head_pruning.make(make_context(), share=1)

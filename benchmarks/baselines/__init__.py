@@ -5,7 +5,7 @@ Each module names its method and source, and has
 
     make(context, **hyper_parameters) -> Trainer    ready to train; but for head pruning, its evaluations are those of
                                                     the model used at inference
-    finish(trainer) -> PreTrainedModel              that model
+    finish(trainer) -> PreTrainedModel              that model, which the trainer then evaluates as well
 
 `make` sets the seed of `context.arguments`, so that all methods start from the same classifier. Where a paper searches
 a hyper-parameter and so gives no value, the default is from its code or its grid; the docstring says which.

@@ -72,7 +72,7 @@ def head_importance(trainer: Trainer) -> Tensor:
     finally:
         for hook in hooks:
             hook.remove()
-    importance /= len(trainer.train_dataset)
+    importance = trainer.accelerator.reduce(importance)  # over ranks: all must prune the same heads
     return importance / importance.norm(dim=1, keepdim=True).clamp_min(torch.finfo(importance.dtype).tiny)
 
 

@@ -45,8 +45,8 @@ class TheseusEncoder(SamplingEncoder):
 
     def forward(self, hidden_states, attention_mask=None, **kwargs):
         if self.training:
-            # So that a step in which nothing is replaced still has a gradient, and a successor that is not used one
-            # of zero: else the backward pass, the fp16 scaler or DistributedDataParallel would stop there.
+            # So that every successor has a gradient in every step, of zero where it does not run: else the backward
+            # pass fails when nothing is replaced, for all else is frozen.
             hidden_states = hidden_states + 0 * sum(p.sum() for p in self.layer.parameters())
         return super().forward(hidden_states, attention_mask, **kwargs)
 
