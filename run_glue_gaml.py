@@ -435,6 +435,9 @@ def main(argv: list[str] | None = None) -> dict:
     model, tokenizer = load_model(model_args, gaml_args, label_names)
     config = model.config
     label_names = [config.id2label[k] for k in range(config.num_labels)]
+    submission_labels: list[str] = []
+    if task and training_args.do_predict:  # now, not after the training: there may be a class that GLUE does not know
+        submission_labels = [task.submission_label(name) for name in label_names]
 
     # Tokens
     max_length = min(data_args.max_seq_length, tokenizer.model_max_length, config.max_position_embeddings)
@@ -584,10 +587,8 @@ def main(argv: list[str] | None = None) -> dict:
             if trainer.is_world_process_zero():
                 write_predictions(output_dir / f"predictions_{split}.tsv", logits, exit_layer, label_names)
                 if task:
-                    submitted = [task.submission_labels[task.label_names.index(name)] for name in label_names]
-                    names = [submitted[k] for k in logits.argmax(-1)]
-                    lines = ["index\tprediction", *(f"{row}\t{name}" for row, name in enumerate(names))]
-                    (output_dir / task.submission_files[i]).write_text("\n".join(lines) + "\n", encoding="utf-8")
+                    answers = [submission_labels[k] for k in logits.argmax(-1)]
+                    write_submission(output_dir / task.submission_files[i], answers, task.submission_rows[i])
 
     # What is left behind
     if trainer.is_world_process_zero():
@@ -684,6 +685,17 @@ def write_predictions(path: Path, logits: np.ndarray, exit_layer: np.ndarray, la
         lines.append(f"{row}\t{label_names[p.argmax()]}\t{p.max():.6f}\t{layer}")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def write_submission(path: Path, answers: list[str], rows_wanted: int) -> None:
+    """What the GLUE server takes: a line for each test row, its number from 0 and the answer."""
+    lines = ["index\tprediction", *(f"{row}\t{answer}" for row, answer in enumerate(answers))]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if len(answers) != rows_wanted:
+        logger.warning(
+            f"{path.name} has {len(answers)} rows, and the GLUE server takes {rows_wanted}: predict the whole test "
+            "split of nyu-mll/glue, without `max_predict_samples`, before you submit it."
+        )
 
 
 def shown_command(argv: list[str]) -> str:

@@ -53,10 +53,16 @@ def test_a_task_fits_together(task):
     assert task.main_metric in task.metrics
     assert task.num_labels == len(task.submission_labels) == (3 if task.name == "mnli" else 2)
     assert len(task.submission_files) == len(task.test_splits) == len(task.validation_splits)
+    assert len(task.submission_files) == len(task.submission_rows)
     assert len(task.text_columns) in (1, 2)
     # The server takes names for the inference tasks and 0 / 1 for the others.
     inference = task.name in ("mnli", "qnli", "rte")
     assert task.submission_labels == (task.label_names if inference else ("0", "1"))
+    for k, name in enumerate(task.label_names):
+        assert task.submission_label(name) == task.submission_label(str(k)) == task.submission_labels[k]
+    message = f"The classes of {task.name} must be called {', '.join(task.label_names)}, or by their numbers from 0"
+    with pytest.raises(ValueError, match=rf"^{re.escape(message)}.*Got 'maybe'"):
+        task.submission_label("maybe")
     assert set(GlueMetric(task.name).compute(predictions=[0, 1], references=[0, 1])) == set(task.metrics)
 
 

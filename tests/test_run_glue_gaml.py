@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from huggingface_hub import snapshot_download
 from pytest import approx, fixture, mark, raises
 from transformers import BertConfig, BertModel, pipeline
 
 import run_glue_gaml
-from gaml_hf import GamlBertForSequenceClassification
+from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification
 from gaml_hf.glue import GLUE_TASKS
 from gaml_hf.hub import check_checkpoint
 
@@ -196,6 +197,82 @@ def test_glue_task_from_a_local_folder(common, glue_folder):
     assert {line.split("\t")[1] for line in submission[1:]} <= {"0", "1"}
 
 
+TWO_TEXTS = ["the film is good .", "a sad plot"]
+
+# What the GLUE server takes (hub_models/README.md): file, number of rows, the answers for the classes in their order.
+SUBMISSIONS = {
+    "cola": {"CoLA.tsv": (1063, "0 1")},
+    "mnli": {
+        "MNLI-m.tsv": (9796, "entailment neutral contradiction"),
+        "MNLI-mm.tsv": (9847, "entailment neutral contradiction"),
+    },
+    "mrpc": {"MRPC.tsv": (1725, "0 1")},
+    "qnli": {"QNLI.tsv": (5463, "entailment not_entailment")},
+    "qqp": {"QQP.tsv": (390965, "0 1")},
+    "rte": {"RTE.tsv": (3000, "entailment not_entailment")},
+    "sst2": {"SST-2.tsv": (1821, "0 1")},
+}
+
+
+@mark.parametrize("task", GLUE_TASKS.values(), ids=GLUE_TASKS)
+def test_submission_files(task, common, backbone, tokenizer, tmp_path, glue_like, caplog):
+    # A model whose classes are in another order: the file must go by name.
+    names = list(task.label_names)[::-1]
+    config = GamlBertConfig.from_pretrained(
+        backbone, id2label=dict(enumerate(names)), label2id={name: k for k, name in enumerate(names)}
+    )
+    model = GamlBertForSequenceClassification(config).eval()
+    last = model.exit_classifiers[str(config.num_hidden_layers)]
+    with torch.no_grad():  # two texts, logits of opposite sign: two answers
+        last.weight.normal_()
+        texts = tokenizer(*[TWO_TEXTS] * len(task.text_columns), padding=True, return_tensors="pt")
+        last.bias -= model(**texts).logits.mean(dim=0)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    folder = glue_like(task, test_rows=40)
+    words = f"--model_name_or_path {tmp_path / 'model'} --dataset_name {folder} --task_name {task.name} --do_predict"
+    run_glue_gaml.main([*common, *words.split()])
+
+    out = tmp_path / "out"
+    assert {path.name for path in out.glob("*.tsv") if not path.name.startswith("pred")} == SUBMISSIONS[
+        task.name
+    ].keys()
+    for (name, (rows_wanted, answers)), split in zip(SUBMISSIONS[task.name].items(), task.test_splits, strict=True):
+        assert (out / name).read_bytes().startswith(b"index\tprediction\n0\t")
+        submitted = pd.read_csv(out / name, sep="\t", dtype=str)
+        predicted = pd.read_csv(out / f"predictions_{split}.tsv", sep="\t", dtype=str)
+        assert list(submitted) == ["index", "prediction"]
+        assert list(submitted["index"]) == [str(row) for row in range(40)]
+        answer = dict(zip(task.label_names, answers.split(), strict=True))
+        assert list(submitted["prediction"]) == [answer[label] for label in predicted["prediction"]]
+        assert submitted["prediction"].nunique() == 2
+        assert f"{name} has 40 rows, and the GLUE server takes {rows_wanted}: predict the whole" in caplog.text
+
+
+def test_a_submission_of_all_rows_has_no_warning(tmp_path, caplog):
+    run_glue_gaml.write_submission(tmp_path / "RTE.tsv", ["entailment"] * 3000, 3000)
+    assert caplog.text == ""
+
+
+def test_classes_that_are_numbers_are_submitted(common, files, tmp_path):
+    # As in a csv made of SST-2, where nothing says that 1 is "positive".
+    rows = [row | {"label": int(row["label"] == "positive")} for row in sentences(40, seed=5)]
+    words = [*common, "--task_name", "sst2", "--train_file", write_csv(tmp_path / "sst2.csv", rows)]
+    words += ["--test_file", files["test"], "--do_train", "--do_predict", "--num_train_epochs", "1"]
+    run_glue_gaml.main([*words, "--patience", "2"])
+    submitted = (tmp_path / "out" / "SST-2.tsv").read_text().splitlines()
+    assert len(submitted) == 13
+    assert {line.split("\t")[1] for line in submitted[1:]} <= {"0", "1"}
+
+
+def test_a_class_that_the_server_does_not_know(common, files, tmp_path):
+    rows = [{"sentence": "good", "label": "yes"}, {"sentence": "bad", "label": "no"}]
+    words = [*common, "--task_name", "sst2", "--train_file", write_csv(tmp_path / "sst2.csv", rows)]
+    with raises(ValueError, match=r"classes of sst2 must be called negative, positive, or by .* Got 'no'"):
+        run_glue_gaml.main([*words, "--test_file", files["test"], "--do_train", "--do_predict"])
+    assert not list((tmp_path / "out").glob("checkpoint-*"))  # before it was trained
+
+
 BROKEN_ROWS = [
     ([{"sentence": "good", "label": "a"}, {"sentence": "", "label": "b"}], "Row 1 of the train split, column 'sent"),
     ([{"sentence": "good", "label": 0.5}, {"sentence": "bad", "label": 1.0}], "fractions"),
@@ -348,13 +425,13 @@ def test_a_recipe_trains(task, backbone, tmp_path, glue_like):
 def glue_like(tmp_path):
     """Makes a folder with a task's splits, columns and classes, of few rows, its files named as on the Hub."""
 
-    def make(task) -> Path:
+    def make(task, test_rows: int = 8) -> Path:
         features = Features({"label": ClassLabel(names=list(task.label_names))})
         features |= {column: Value("string") for column in task.text_columns}
         for split in ("train", *task.validation_splits, *task.test_splits):
-            count = 40 if split == "train" else 8
+            count = 40 if split == "train" else test_rows if split in task.test_splits else 8
             labels = [-1 if split in task.test_splits else row % task.num_labels for row in range(count)]
-            columns = {column: ["the film is good .", "a sad plot"] * (count // 2) for column in task.text_columns}
+            columns = dict.fromkeys(task.text_columns, TWO_TEXTS * (count // 2))
             rows = Dataset.from_dict({"label": labels, **columns}, features=Features(features))
             (tmp_path / task.name / "data").mkdir(parents=True, exist_ok=True)
             rows.to_parquet(tmp_path / task.name / "data" / f"{split}-00000-of-00001.parquet")

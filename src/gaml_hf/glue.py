@@ -33,7 +33,8 @@ class GlueTask:
             (16, 32, 128) does not contain.
         alpha (`float`): Table 7, the KD weight α of Eqs. 2, 6 and 7.
         submission_files (`tuple[str, ...]`): file names of the GLUE server, one per split of `test_splits`. A file has
-            the columns `index` and `prediction`, separated by a tab.
+            the columns `index` (from 0) and `prediction`, separated by a tab, under a line with these two names.
+        submission_rows (`tuple[int, ...]`): how many rows each of these files must have.
         submission_labels (`tuple[str, ...]`): what a submission file writes for each class index.
         validation_splits (`tuple[str, ...]`, *optional*, defaults to `("validation",)`): the splits with public labels
             for development; MNLI has a matched and a mismatched one, in this order.
@@ -50,6 +51,7 @@ class GlueTask:
     batch_size: int
     alpha: float
     submission_files: tuple[str, ...]
+    submission_rows: tuple[int, ...]
     submission_labels: tuple[str, ...]
     validation_splits: tuple[str, ...] = ("validation",)
     test_splits: tuple[str, ...] = ("test",)
@@ -57,6 +59,25 @@ class GlueTask:
     @property
     def num_labels(self) -> int:
         return len(self.label_names)
+
+    def submission_label(self, class_name: str) -> str:
+        """
+        What a submission file writes for a class.
+
+        Args:
+            class_name (`str`): a name of `label_names`, or the class index as text, which is what a class is called
+                where the data have numbers.
+
+        Returns:
+            `str`.
+        """
+        for names in (self.label_names, [str(k) for k in range(self.num_labels)]):
+            if class_name in names:
+                return self.submission_labels[names.index(class_name)]
+        raise ValueError(
+            f"The classes of {self.name} must be called {', '.join(self.label_names)}, or by their numbers from 0, to "
+            f"be written for the GLUE server. Got {class_name!r}. Rename the class, or leave out `task_name`."
+        )
 
 
 GLUE_TASKS: dict[str, GlueTask] = {
@@ -73,6 +94,7 @@ GLUE_TASKS: dict[str, GlueTask] = {
             batch_size=32,
             alpha=0.3,
             submission_files=("CoLA.tsv",),
+            submission_rows=(1063,),
             submission_labels=("0", "1"),
         ),
         GlueTask(
@@ -86,6 +108,7 @@ GLUE_TASKS: dict[str, GlueTask] = {
             batch_size=256,
             alpha=0.2,
             submission_files=("MNLI-m.tsv", "MNLI-mm.tsv"),
+            submission_rows=(9796, 9847),
             submission_labels=("entailment", "neutral", "contradiction"),
             validation_splits=("validation_matched", "validation_mismatched"),
             test_splits=("test_matched", "test_mismatched"),
@@ -101,6 +124,7 @@ GLUE_TASKS: dict[str, GlueTask] = {
             batch_size=16,
             alpha=0.2,
             submission_files=("MRPC.tsv",),
+            submission_rows=(1725,),
             submission_labels=("0", "1"),
         ),
         GlueTask(
@@ -114,6 +138,7 @@ GLUE_TASKS: dict[str, GlueTask] = {
             batch_size=128,
             alpha=0.5,
             submission_files=("QNLI.tsv",),
+            submission_rows=(5463,),
             submission_labels=("entailment", "not_entailment"),
         ),
         GlueTask(
@@ -127,6 +152,7 @@ GLUE_TASKS: dict[str, GlueTask] = {
             batch_size=256,
             alpha=0.3,
             submission_files=("QQP.tsv",),
+            submission_rows=(390_965,),
             submission_labels=("0", "1"),
         ),
         GlueTask(
@@ -140,6 +166,7 @@ GLUE_TASKS: dict[str, GlueTask] = {
             batch_size=16,
             alpha=0.2,
             submission_files=("RTE.tsv",),
+            submission_rows=(3000,),
             submission_labels=("entailment", "not_entailment"),
         ),
         GlueTask(
@@ -153,6 +180,7 @@ GLUE_TASKS: dict[str, GlueTask] = {
             batch_size=128,
             alpha=0.3,
             submission_files=("SST-2.tsv",),
+            submission_rows=(1821,),
             submission_labels=("0", "1"),
         ),
     )
