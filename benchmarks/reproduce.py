@@ -29,11 +29,11 @@ import transformers
 from transformers import AutoConfig
 
 from benchmarks import reports
+from benchmarks.baselines import BASELINES
 from benchmarks.runs import EXIT_SYSTEMS, Run, Settings, perform
 from gaml_hf.glue import GLUE_TASKS, get_task
 
 
-STATIC_SYSTEMS = ("distilbert", "pkd", "layer_drop", "theseus", "head_pruning")
 # Sec. 6.4
 LEARNING_RATES, BATCH_SIZES = (1e-5, 2e-5, 3e-5, 5e-5), (16, 32, 128)
 WARMUPS, GRID_ALPHAS = (0.8, 1.0, 1.2), (0.1, 0.2, 0.3, 0.5, 0.8)
@@ -192,7 +192,7 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", choices=[*reports.REPORTS, "grid"])
     parser.add_argument("--tasks", nargs="+", default=list(GLUE_TASKS), choices=list(GLUE_TASKS))
-    parser.add_argument("--systems", nargs="+", choices=[*EXIT_SYSTEMS, *STATIC_SYSTEMS], help="only these")
+    parser.add_argument("--systems", nargs="+", choices=[*EXIT_SYSTEMS, *BASELINES], help="only these")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--backbone", default="google-bert/bert-base-uncased", help="a BERT: a folder or a Hub name")
     parser.add_argument("--data", help="a folder with a folder of parquet files per task; else nyu-mll/glue")

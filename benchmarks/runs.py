@@ -38,6 +38,7 @@ from transformers import (
     set_seed,
 )
 
+from benchmarks.baselines import BASELINES, Context
 from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification, GamlTrainer
 from gaml_hf.alignment import cos_angle
 from gaml_hf.evaluation import ExitMetrics
@@ -297,8 +298,6 @@ def fit_static(
     run: Run, settings: Settings, arguments: TrainingArguments, common: dict[str, Any], full_depth: int
 ) -> tuple[Trainer, PreTrainedModel]:
     """Train a static baseline; its model is plain BERT, with one answer."""
-    from benchmarks.baselines import BASELINES, Context
-
     baseline = BASELINES[run.system]
     plain_scores = {
         "compute_metrics": partial(one_exit_metrics, run.task),
@@ -315,12 +314,7 @@ def fit_static(
     trainer = baseline.make(context)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    model = baseline.finish(trainer).eval()
-    if model is not trainer.model:  # pruned, say: this one is to be measured
-        state = trainer.state
-        trainer = Trainer(model, arguments, **common)
-        trainer.state = state
-    return trainer, model
+    return trainer, baseline.finish(trainer)
 
 
 def teacher(
