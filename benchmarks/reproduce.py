@@ -18,6 +18,7 @@ import argparse
 import itertools
 import json
 import statistics
+import sys
 import time
 from collections import defaultdict
 from dataclasses import replace
@@ -28,10 +29,12 @@ import torch
 import transformers
 from transformers import AutoConfig
 
-from benchmarks import reports
-from benchmarks.baselines import BASELINES
-from benchmarks.runs import EXIT_SYSTEMS, Run, Settings, perform
-from gaml_hf.glue import GLUE_TASKS, get_task
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a program, it finds its neighbours
+
+from benchmarks import reports  # noqa: E402
+from benchmarks.baselines import BASELINES  # noqa: E402
+from benchmarks.runs import EXIT_SYSTEMS, Run, Settings, perform  # noqa: E402
+from gaml_hf.glue import GLUE_TASKS, get_task  # noqa: E402
 
 
 # Sec. 6.4
