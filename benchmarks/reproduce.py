@@ -29,12 +29,13 @@ import torch
 import transformers
 from transformers import AutoConfig
 
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a program, it finds its neighbours
 
-from benchmarks import reports  # noqa: E402
-from benchmarks.baselines import BASELINES  # noqa: E402
-from benchmarks.runs import EXIT_SYSTEMS, Run, Settings, perform  # noqa: E402
-from gaml_hf.glue import GLUE_TASKS, get_task  # noqa: E402
+from benchmarks import reports
+from benchmarks.baselines import BASELINES
+from benchmarks.runs import EXIT_SYSTEMS, Run, Settings, perform
+from gaml_hf.glue import GLUE_TASKS, get_task
 
 
 # Sec. 6.4
