@@ -127,6 +127,11 @@ class GamlBertConfig(BertConfig):
                     f"`{key}` in a config must be a plain name such as 'sdpa', not foreign code. Got {value!r}. "
                     "Take it out of `config.json`; whoever wants it can give it to `from_pretrained`."
                 )
+        if config_dict.get("transformers_weights") is not None:
+            raise ValueError(
+                "`transformers_weights` in a config names another weights file. The weights of a GAML-BERT folder are "
+                f"`model.safetensors`. Got {config_dict['transformers_weights']!r}. Take it out of `config.json`."
+            )
         # The parent sets overrides after the validators have run; ours go through them.
         refuse_misspelt(kwargs, cls)
         known = {field.name for field in fields(cls)} & kwargs.keys() - {"dtype"}
