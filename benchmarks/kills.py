@@ -245,60 +245,63 @@ def make_model(number: int, other_config: bool) -> GamlBertForSequenceClassifica
     return GamlBertForSequenceClassification(GamlBertConfig(**SIZES, exit_strategy="patience", patience=patience))
 
 
+def look(folder: Path, other_config: bool) -> str:
+    """What a folder is after a kill."""
+    try:
+        model = GamlBertForSequenceClassification.from_pretrained(folder)
+    except OSError as error:
+        return "refused" if "config.json" in str(error) and other_config else f"broken: {error}"
+    for number in (0, 1):
+        expected = make_model(number, other_config)
+        weights = expected.state_dict()
+        if model.config.patience == expected.config.patience and all(
+            torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items()
+        ):
+            return "whole"
+    return "mixture"
+
+
+def save_in_turn(folder: Path, other_config: bool, source: Path, told: Path) -> None:
+    """Look at what the last kill left, put it right by a save, tell both, and save until killed."""
+    tokenizer = BertTokenizer.from_pretrained(source / "backbone")
+    models = [make_model(number, other_config) for number in (0, 1)]
+    found = look(folder, other_config) if folder.exists() else "new"
+    started = time.monotonic()
+    save_checkpoint(models[0], tokenizer, folder, card={})
+    seconds = time.monotonic() - started
+    check_checkpoint(folder)
+    if list(folder.glob(".saving-*")):
+        found = "leftovers stay"
+    told.with_suffix(".tmp").write_text(json.dumps([found, seconds]))
+    os.replace(told.with_suffix(".tmp"), told)
+    while True:
+        for model in reversed(models):
+            save_checkpoint(model, tokenizer, folder, card={})
+
+
 def kill_saves(work: Path, trials: int, rng: random.Random) -> Counter:
     counts: Counter = Counter()
-    through(lambda: make_source(work / "source"), work / "source.log")
-
-    def save_in_turn(folder: Path, other_config: bool) -> None:
-        tokenizer = BertTokenizer.from_pretrained(work / "source" / "backbone")
-        models = [make_model(number, other_config) for number in (0, 1)]
-        while True:
-            for model in models:
-                save_checkpoint(model, tokenizer, folder, card={})
-
-    def judge(folder: Path, other_config: bool) -> None:
-        """Say which model the folder holds, and that the next save puts everything right."""
-        try:
-            model = GamlBertForSequenceClassification.from_pretrained(folder)
-        except OSError as error:
-            told = "refused" if "config.json" in str(error) and other_config else f"broken: {error}"
-        else:
-            told = "mixture"
-            for number in (0, 1):
-                expected = make_model(number, other_config)
-                weights = expected.state_dict()
-                if model.config.patience == expected.config.patience and all(
-                    torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items()
-                ):
-                    told = "whole"
-        tokenizer = BertTokenizer.from_pretrained(work / "source" / "backbone")
-        save_checkpoint(make_model(0, other_config), tokenizer, folder)
-        check_checkpoint(folder)
-        if list(folder.glob(".saving-*")):
-            told = "leftovers stay"
-        (work / "told").write_text(told)
-
-    for trial in range(trials):
-        other_config = trial % 2 == 1
-        folder, log = work / f"trial-{other_config}", work / f"trial-{trial}.log"
-        (work / "told").unlink(missing_ok=True)
-        if not folder.exists():
-            tokenizer = work / "source" / "backbone"
-            through(
-                lambda f=folder, t=tokenizer, o=other_config: save_checkpoint(
-                    make_model(0, o), BertTokenizer.from_pretrained(t), f
-                ),
-                log,
-            )
-        pid = fork(lambda f=folder, o=other_config: save_in_turn(f, o), log)
-        ended = ends_within(pid, rng.uniform(0.05, 0.8))
-        counts["kills"] += 1
-        counts["kills in the middle of a save"] += bool(list(folder.glob(".saving-*")))
-        judged = ends_within(fork(lambda f=folder, o=other_config: judge(f, o), log), PATIENCE_S)
-        told = (work / "told").read_text() if judged == 0 and ended is None else "failed"
-        counts[f"{'other config' if other_config else 'same config'}: {told}"] += 1
-        counts["lost"] += told not in ("whole", "refused")
-        report(told in ("whole", "refused"), counts, None, log)
+    source, told = work / "source", work / "told"
+    through(lambda: make_source(source), work / "source.log")
+    for other_config in (False, True):
+        folder, log = work / f"folder-{other_config}", work / f"folder-{other_config}.log"
+        for trial in range(trials // 2 + 1):  # the last one looks at what the one before it left
+            told.unlink(missing_ok=True)
+            pid = fork(lambda f=folder, o=other_config: save_in_turn(f, o, source, told), log)
+            end = time.monotonic() + PATIENCE_S
+            while not told.exists() and time.monotonic() < end and os.waitpid(pid, os.WNOHANG)[0] == 0:
+                time.sleep(0.01)
+            if not told.exists():
+                raise RuntimeError(f"A save failed:\n{log.read_text()[-3000:]}")
+            found, seconds = json.loads(told.read_text())
+            if trial:
+                counts[f"{'another config' if other_config else 'the same config'}: {found}"] += 1
+                counts["lost"] += found not in ("whole", "refused")
+                print(dict(counts), flush=True)
+            ends_within(pid, rng.uniform(0, 3 * seconds) if trial < trials // 2 else 0)
+            if trial < trials // 2:
+                counts["kills"] += 1
+                counts["kills in the middle of a save"] += bool(list(folder.glob(".saving-*")))
     return counts
 
 
@@ -309,11 +312,10 @@ def same_file(path: Path, other: Path) -> bool:
     return hashlib.sha256(path.read_bytes()).digest() == hashlib.sha256(other.read_bytes()).digest()
 
 
-def report(good: bool, counts: Counter, folder: Path | None, log: Path) -> None:
+def report(good: bool, counts: Counter, folder: Path, log: Path) -> None:
     if good:
         log.unlink()
-        if folder is not None:
-            shutil.rmtree(folder)
+        shutil.rmtree(folder)
     else:
         print(f"Lost; see {folder}, {log}:\n{log.read_text()[-3000:]}", flush=True)
     print(dict(counts), flush=True)

@@ -482,3 +482,11 @@ def test_the_next_save_takes_away_what_a_killed_one_left(model, tokenizer, folde
     (left / "model.safetensors").write_bytes(b"half")
     save_checkpoint(model, tokenizer, folder)
     assert list(folder.glob(".saving-*")) == [stages[os.getpid()]]  # of a save that is still running
+
+
+def test_a_folder_without_its_config_is_refused(folder):
+    """Not read with BERT's default config, as the stock class does."""
+    (folder / "config.json").unlink()
+    for load in (GamlBertForSequenceClassification.from_pretrained, GamlBertConfig.from_pretrained):
+        with raises(OSError, match="`.*checkpoint` has no `config.json`"):
+            load(folder)

@@ -107,6 +107,10 @@ class GamlBertConfig(BertConfig):
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if not config_dict:  # the parent would take its defaults: other labels, other exits, and no word of it
+            raise OSError(
+                f"`{pretrained_model_name_or_path}` has no `config.json`. If a save was killed there, save again."
+            )
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type not in ("bert", cls.model_type):
             raise ValueError(

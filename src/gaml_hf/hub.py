@@ -164,15 +164,22 @@ def _move_in(stage: Path, folder: Path) -> None:
     """Replace files of `folder` by those of `stage`, `config.json` last; see [`save_checkpoint`]."""
     new = sorted(stage.iterdir(), key=lambda path: path.name == "config.json")
     decides = [path for path in new if path.name == "config.json" or "token" in path.name or path.name == "vocab.txt"]
-    same = all((old := folder / path.name).exists() and old.read_bytes() == path.read_bytes() for path in decides)
-    if not same:
+    # What is there already is not moved: the less, the shorter the folder is without its config.
+    kept = {path for path in new if path.suffix != ".safetensors" and _is_there(path, folder / path.name)}
+    if not kept.issuperset(decides):
         (folder / "config.json").unlink(missing_ok=True)
+        kept.discard(stage / "config.json")
     for path in new:
-        os.replace(path, folder / path.name)
+        if path not in kept:
+            os.replace(path, folder / path.name)
     # A single file is loaded in preference to shards, so none of an older save may stay.
     for path in [*folder.glob("model*.safetensors"), folder / WEIGHTS_INDEX]:
         if path.name not in {path.name for path in new}:
             path.unlink(missing_ok=True)
+
+
+def _is_there(path: Path, old: Path) -> bool:
+    return old.is_file() and not old.is_symlink() and old.read_bytes() == path.read_bytes()
 
 
 def check_checkpoint(folder: str | os.PathLike) -> None:
