@@ -8,6 +8,7 @@ copy, is never out of date, and is gone where another program writes the weights
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import BinaryIO
 
@@ -41,7 +42,7 @@ def weight_files(folder: str | os.PathLike, variant: str | None = None) -> list[
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"`{index}` is not an index of weights: {error!r}.") from error
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name or "\\" in name:
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
             raise ValueError(f"`{index}` must name files of its own folder. Got {name!r}.")
     return [folder / name for name in names]
 
