@@ -19,6 +19,7 @@ seconds that the imports take. So it runs on POSIX systems alone.
 
 import argparse
 import contextlib
+import gc
 import hashlib
 import json
 import os
@@ -41,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
-from transformers import BertConfig, BertModel, BertTokenizer, TrainingArguments, set_seed
+from transformers import BertConfig, BertModel, BertTokenizer, TrainingArguments, logging, set_seed
 
 import run_glue_gaml
 from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification, GamlTrainer
@@ -104,10 +105,26 @@ def fork(work: Callable[[], None], log: Path) -> int:
         os._exit(code)
 
 
-def ends_within(pid: int, seconds: float) -> int | None:
-    """The exit code of a process, or `None` where it had to be killed."""
-    end = time.monotonic() + seconds
+def announce_training(begun: Path) -> None:
+    """Let `begun` appear when a training begins in this process: starting takes as long as all the steps."""
+    begun.unlink(missing_ok=True)
+    stock = GamlTrainer.train
+
+    def train(self, *args, **kwargs):
+        begun.touch()
+        return stock(self, *args, **kwargs)
+
+    GamlTrainer.train = train
+
+
+def ends_within(pid: int, seconds: float, begun: Path | None = None) -> int | None:
+    """
+    The exit code of a process, or `None` where it had to be killed: `seconds` from now, or after `begun` has appeared.
+    """
+    end = time.monotonic() + (seconds if begun is None else PATIENCE_S)
     while time.monotonic() < end:
+        if begun is not None and begun.exists():
+            end, begun = time.monotonic() + seconds, None
         found, status = os.waitpid(pid, os.WNOHANG)
         if found:
             return os.waitstatus_to_exitcode(status)
@@ -118,11 +135,16 @@ def ends_within(pid: int, seconds: float) -> int | None:
 
 
 def through(work: Callable[[], None], log: Path) -> float:
-    """Do `work` in a fork, undisturbed; returns the seconds."""
-    started = time.monotonic()
-    if (code := ends_within(fork(work, log), PATIENCE_S)) != 0:
+    """Do `work` in a fork, undisturbed; returns the seconds from the beginning of the training, if it is one."""
+    begun = log.with_suffix(".begun")
+
+    def announced() -> None:
+        announce_training(begun)
+        work()
+
+    if (code := ends_within(fork(announced, log), PATIENCE_S)) != 0:
         raise RuntimeError(f"An undisturbed run ended with {code}:\n{log.read_text()[-3000:]}")
-    return time.monotonic() - started
+    return time.time() - begun.stat().st_mtime if begun.exists() else 0.0
 
 
 def train(folder: Path, setting: dict) -> None:
@@ -182,10 +204,17 @@ def kill_until_done(
     run: Callable[[Path], None], folder: Path, seconds: float, rng: random.Random, counts: Counter, log: Path
 ) -> bool:
     """Kill `run(folder)` at random moments until it gets through; returns whether no attempt failed by itself."""
+    begun = log.with_suffix(".begun")
+
+    def attempt() -> None:
+        announce_training(begun)
+        run(folder)
+
     for kill in range(KILLS + 1):
         # Shorter and shorter ones would never get through; a resumed one has less to do.
         limit = rng.uniform(0, 1.1 * seconds) if kill < KILLS else PATIENCE_S
-        code = ends_within(fork(lambda: run(folder), log), limit)
+        begun.unlink(missing_ok=True)
+        code = ends_within(fork(attempt, log), limit, begun)
         if code is None:
             counts["kills"] += 1
             checkpoints = training_checkpoints(folder)
@@ -214,7 +243,7 @@ def kill_trainings(work: Path, trials: int, rng: random.Random) -> Counter:
         done = kill_until_done(lambda f, s=setting: train(f, s), folder, seconds, rng, counts, log)
         same = done and same_file(folder / "final.safetensors", reference / "final.safetensors")
         if same and counts["kills"] > before:
-            same = int((folder / "resumed.txt").read_text()) >= int((work / "sealed").read_text())
+            same = int((folder / "resumed.txt").read_text().split()[-1]) >= int((work / "sealed").read_text())
         counts["trainings"] += 1
         counts["lost"] += not same
         report(same, counts, folder, log)
@@ -337,8 +366,11 @@ def campaign(trials: int, seed: int, parts: tuple[str, ...] = tuple(PARTS), fold
     Returns:
         `dict`: for each part what was tried and how much of it was `lost`, and its `seconds`.
     """
-    torch.set_num_threads(1)
     work = folder or Path(tempfile.mkdtemp(prefix="kills-"))
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()  # which would start a thread
+    make_model(0, False).save_pretrained(work / "warm")  # tables that Transformers builds once
+    gc.freeze()  # else each fork copies the whole heap when it first collects
     results = {}
     for part in parts:
         started = time.monotonic()
