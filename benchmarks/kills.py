@@ -14,7 +14,7 @@ Three parts, `--trials` each. The model is a tiny random BERT with dropout, trai
   the two. Where their configs differ it may also say that `config.json` is missing; never may it load as a mixture.
 
 Each attempt is a fork of this process, which has imported everything but computes nothing itself: that saves the eight
-seconds that the imports take. So it runs on POSIX systems alone.
+seconds that the imports take. The moments are drawn in CPU time of the process. Both need Linux.
 """
 
 import argparse
@@ -54,7 +54,7 @@ WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] the film is good bad fine dull and very"
 SIZES = {"vocab_size": len(WORDS), "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
 SIZES |= {"intermediate_size": 64, "max_position_embeddings": 16, "initializer_range": 0.3}
 KILLS = 8  # of one training at most; the attempt after them is left alone
-PATIENCE_S = 120  # for one attempt
+PATIENCE_S = 300  # for one attempt, on the clock
 # What differs between the trainings of the first part.
 SETTINGS = [
     {"save_steps": 1},
@@ -111,40 +111,54 @@ def announce_training(begun: Path) -> None:
     stock = GamlTrainer.train
 
     def train(self, *args, **kwargs):
-        begun.touch()
+        begun.write_text(str(time.process_time()))
         return stock(self, *args, **kwargs)
 
     GamlTrainer.train = train
 
 
+def cpu_seconds(pid: int) -> float:
+    """What a process has computed so far: it does not depend on what else the machine does."""
+    try:
+        return time.clock_gettime(~pid << 3 | 2)  # Linux's CPU clock of another process
+    except OSError:  # it has just ended
+        return 0.0
+
+
 def ends_within(pid: int, seconds: float, begun: Path | None = None) -> int | None:
     """
-    The exit code of a process, or `None` where it had to be killed: `seconds` from now, or after `begun` has appeared.
+    The exit code of a process, or `None` where it had to be killed, after `seconds` of its CPU time, which count from
+    now or from when `begun` appears.
     """
-    end = time.monotonic() + (seconds if begun is None else PATIENCE_S)
-    while time.monotonic() < end:
-        if begun is not None and begun.exists():
-            end, begun = time.monotonic() + seconds, None
+    start = cpu_seconds(pid) if begun is None else None
+    patience = time.monotonic() + PATIENCE_S
+    while time.monotonic() < patience:
+        if start is None and begun.exists():
+            start = cpu_seconds(pid)
+        if start is not None and cpu_seconds(pid) - start > seconds:
+            break
         found, status = os.waitpid(pid, os.WNOHANG)
         if found:
             return os.waitstatus_to_exitcode(status)
-        time.sleep(0.002)
+        time.sleep(0.001)
     os.kill(pid, signal.SIGKILL)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     return None if status == -signal.SIGKILL else status
 
 
 def through(work: Callable[[], None], log: Path) -> float:
-    """Do `work` in a fork, undisturbed; returns the seconds from the beginning of the training, if it is one."""
-    begun = log.with_suffix(".begun")
+    """Do `work` in a fork, undisturbed; returns its CPU seconds from the beginning of the training, if it is one."""
+    begun, spent = log.with_suffix(".begun"), log.with_suffix(".spent")
 
-    def announced() -> None:
+    def timed() -> None:
         announce_training(begun)
         work()
+        if begun.exists():
+            spent.write_text(str(time.process_time() - float(begun.read_text())))
 
-    if (code := ends_within(fork(announced, log), PATIENCE_S)) != 0:
+    if (code := ends_within(fork(timed, log), PATIENCE_S)) != 0:
         raise RuntimeError(f"An undisturbed run ended with {code}:\n{log.read_text()[-3000:]}")
-    return time.time() - begun.stat().st_mtime if begun.exists() else 0.0
+    return float(spent.read_text()) if spent.exists() else 0.0
 
 
 def train(folder: Path, setting: dict) -> None:
@@ -295,9 +309,9 @@ def save_in_turn(folder: Path, other_config: bool, source: Path, told: Path) -> 
     tokenizer = BertTokenizer.from_pretrained(source / "backbone")
     models = [make_model(number, other_config) for number in (0, 1)]
     found = look(folder, other_config) if folder.exists() else "new"
-    started = time.monotonic()
+    started = time.process_time()
     save_checkpoint(models[0], tokenizer, folder, card={})
-    seconds = time.monotonic() - started
+    seconds = time.process_time() - started
     check_checkpoint(folder)
     if list(folder.glob(".saving-*")):
         found = "leftovers stay"

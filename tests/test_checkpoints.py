@@ -97,7 +97,7 @@ def cut(path: Path) -> None:
 # Resuming
 
 
-@mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@mark.skipif(sys.platform != "linux", reason="needs Linux's fork and clocks")
 def test_a_short_campaign_of_kills(tmp_path):
     """SIGKILL; the long one is `python benchmarks/kills.py`."""
     words = f"--trials 2 --seed 4 --parts training saving --output {tmp_path / 'kills.json'}"
