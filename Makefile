@@ -2,7 +2,8 @@
 # make demo          the demonstration, in the same environment
 # make lint          style and format
 # make test-lowest   the test suite in .venv-lowest, every dependency at its lower bound in pyproject.toml
-# make clean         removes both environments and all caches
+# make audit         known vulnerabilities of the versions in constraints.txt, asked of PyPI; fails where it has no answer
+# make clean         removes these environments and all caches
 #
 # The network is needed to install, never to test. torch goes first, so that its build is a choice. Without CUDA:
 #   make test TORCH='torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cpu'
@@ -12,11 +13,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 VENV_LOWEST ?= .venv-lowest
+VENV_AUDIT ?= .venv-audit
 TORCH ?=
 EXTRAS := test,dev,space
 EXTRAS_LOWEST := test,dev
 
-.PHONY: test demo lint test-lowest clean
+.PHONY: test demo lint test-lowest audit clean
 
 test: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest
@@ -32,8 +34,12 @@ lint: $(VENV)/.installed
 test-lowest: $(VENV_LOWEST)/.installed
 	$(VENV_LOWEST)/bin/python -m pytest -W 'ignore:unclosed file:ResourceWarning'
 
+# --strict: else a package that PyPI's JSON API does not know here, as behind a mirror, counts as one without a finding.
+audit: $(VENV_AUDIT)/.installed
+	$(VENV_AUDIT)/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt
+
 clean:
-	rm -rf $(VENV) $(VENV_LOWEST) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_LOWEST) $(VENV_AUDIT) .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # $(call install,environment,pins,extras): torch from the pins unless TORCH says otherwise, then the rest.
@@ -49,6 +55,11 @@ endef
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(VENV)
 	$(call install,$(VENV),constraints.txt,$(EXTRAS))
+
+$(VENV_AUDIT)/.installed:
+	@$(PYTHON) -m venv $(VENV_AUDIT)
+	@$(VENV_AUDIT)/bin/python -m pip install -qq --disable-pip-version-check 'pip-audit>=2.10'
+	@touch $@
 
 # Only what pyproject.toml names is lowered; what those packages need in turn is the newest they accept. Without Gradio,
 # which asks for a newer huggingface_hub.

@@ -18,6 +18,7 @@ import logging
 import math
 import os
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -40,9 +41,9 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification, GamlTrainer, __version__, plots
+from gaml_hf.checkpoints import training_checkpoints
 from gaml_hf.evaluation import (
     ExitMetrics,
     OperatingPoint,
@@ -215,7 +216,7 @@ class GamlTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Warm-up as a multiple of the steps in an epoch (Table 7)."}
     )
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start anew where `output_dir` already holds training checkpoints."}
+        default=False, metadata={"help": "Start anew where `output_dir` holds training checkpoints; deletes them."}
     )
 
     def __post_init__(self):
@@ -371,7 +372,7 @@ def load_model(
             )
         labels = {}
     config = GamlBertConfig.from_pretrained(name, **source, **labels, **gaml_args.config_fields())
-    tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer_name or name, **source)
+    tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer_name or name, trust_remote_code=False, **source)
     return GamlBertForSequenceClassification.from_pretrained(name, config=config, **source), tokenizer
 
 
@@ -398,15 +399,15 @@ def main(argv: list[str] | None = None) -> dict:
     transformers.utils.logging.set_verbosity(training_args.get_process_log_level())
     set_seed(training_args.seed)
 
-    last_checkpoint = get_last_checkpoint(output_dir) if output_dir.is_dir() else None
+    checkpoints = list(training_checkpoints(output_dir).values())
     resume = training_args.resume_from_checkpoint
     if resume in ("True", "true"):
-        if last_checkpoint is None:
+        if not checkpoints:
             raise ValueError(f"`resume_from_checkpoint` found no checkpoint in `{output_dir}`.")
-        resume = last_checkpoint
-    elif training_args.do_train and not resume and last_checkpoint and not training_args.overwrite_output_dir:
+        resume = True  # the newest complete one
+    elif training_args.do_train and not resume and checkpoints and not training_args.overwrite_output_dir:
         raise ValueError(
-            f"`output_dir` already holds a training run, up to `{last_checkpoint}`. Go on with it by "
+            f"`output_dir` already holds a training run, up to `{checkpoints[0]}`. Go on with it by "
             "`--resume_from_checkpoint True`, or start anew with `--overwrite_output_dir`."
         )
 
@@ -533,6 +534,9 @@ def main(argv: list[str] | None = None) -> dict:
         },
     }
     if training_args.do_train:
+        if training_args.overwrite_output_dir and not resume and trainer.is_world_process_zero():
+            for checkpoint in checkpoints:  # or a resume could take one of the old run
+                shutil.rmtree(checkpoint)
         result = trainer.train(resume_from_checkpoint=resume)
         trainer.log_metrics("train", result.metrics)
         trainer.save_metrics("train", result.metrics)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -165,6 +166,24 @@ def test_resume_continues_bit_for_bit(common, files, tmp_path):
     run_glue_gaml.main([*words, "--output_dir", str(tmp_path / "resumed"), "--resume_from_checkpoint", checkpoint])
     resumed = GamlBertForSequenceClassification.from_pretrained(tmp_path / "resumed").state_dict()
     assert all((whole[key] == resumed[key]).all() for key in whole)
+    os.truncate(tmp_path / "out" / f"checkpoint-{steps[-1]}" / "model.safetensors", 1000)  # passed over
+    (tmp_path / "out" / "model.safetensors").unlink()
+    run_glue_gaml.main([*words, "--resume_from_checkpoint", "True"])
+    resumed = GamlBertForSequenceClassification.from_pretrained(tmp_path / "out").state_dict()
+    assert all((whole[key] == resumed[key]).all() for key in whole)
+
+
+def test_a_run_started_anew_forgets_the_checkpoints_of_the_old_one(common, files, tmp_path):
+    """Or a resume after a kill could go on with them."""
+    words = [*common, *with_files(files, "train"), "--do_train", "--overwrite_output_dir", "--max_steps", "2"]
+    (tmp_path / "out" / "checkpoint-999").mkdir(parents=True)
+    (tmp_path / "out" / "notes.txt").touch()
+    with raises(ValueError, match="must be one of"):  # nothing is lost by a wrong argument
+        run_glue_gaml.main([*words, "--label_column", "nowhere"])
+    assert (tmp_path / "out" / "checkpoint-999").exists()
+    run_glue_gaml.main(words)
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
+    assert (tmp_path / "out" / "notes.txt").exists()
 
 
 @mark.parametrize("suffix", ["json", "parquet"])

@@ -107,6 +107,10 @@ class GamlBertConfig(BertConfig):
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if not config_dict:  # the parent would take its defaults: other labels, other exits, and no word of it
+            raise OSError(
+                f"`{pretrained_model_name_or_path}` has no `config.json`. If a save was killed there, save again."
+            )
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type not in ("bert", cls.model_type):
             raise ValueError(
@@ -127,6 +131,11 @@ class GamlBertConfig(BertConfig):
                     f"`{key}` in a config must be a plain name such as 'sdpa', not foreign code. Got {value!r}. "
                     "Take it out of `config.json`; whoever wants it can give it to `from_pretrained`."
                 )
+        if config_dict.get("transformers_weights") is not None:
+            raise ValueError(
+                "`transformers_weights` in a config names another weights file. The weights of a GAML-BERT folder are "
+                f"`model.safetensors`. Got {config_dict['transformers_weights']!r}. Take it out of `config.json`."
+            )
         # The parent sets overrides after the validators have run; ours go through them.
         refuse_misspelt(kwargs, cls)
         known = {field.name for field in fields(cls)} & kwargs.keys() - {"dtype"}

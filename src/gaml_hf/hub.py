@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import requires
 from math import isfinite
 from pathlib import Path
-from uuid import uuid4
 
 import torch
 from huggingface_hub import (
@@ -29,6 +28,8 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 from transformers.dynamic_module_utils import get_relative_imports
 
+from .checkpoints import SEAL, explain_full_disk, staging_folder
+from .checksums_gaml import verify_checksum, weight_files
 from .configuration_gaml_bert import GamlBertConfig
 from .evaluation import OperatingPoint
 from .exiting_gaml import EXIT_POLICIES
@@ -47,6 +48,7 @@ TRAINING_STATE = (
     "scheduler.pt",
     "scaler.pt",
     "rng_state*.pth",
+    SEAL,
     ".saving-*",
     ".git/*",
     ".cache/*",
@@ -112,12 +114,12 @@ def save_checkpoint(model, tokenizer, folder: str | os.PathLike, *, card: Mappin
 
     Raises:
         ValueError: the folder would not be complete, or a weight is not finite.
+        OSError: the disk is full; says how much is free and how much is needed.
     """
     folder = Path(folder)
     exists = folder.is_dir()
     # Inside an existing folder: a rename must not cross file systems, and `folder` may be a mount.
-    stage = (folder if exists else folder.parent) / f".saving-{uuid4().hex}"
-    stage.mkdir(parents=True)
+    stage = staging_folder(folder if exists else folder.parent)
     try:
         model.save_pretrained(stage)
         tokenizer.save_pretrained(stage)
@@ -127,16 +129,20 @@ def save_checkpoint(model, tokenizer, folder: str | os.PathLike, *, card: Mappin
             values = {"figures": figures} | dict(card or {})
             text = render_card(model.config, **values | {"model_name": values.get("model_name") or folder.name})
             (stage / "README.md").write_text(text, encoding="utf-8")
-        # safetensors writes 0600, which a server run by another user cannot read; config.json has the umask's mode.
-        mode = (stage / "config.json").stat().st_mode
-        for path in stage.glob("*.safetensors"):
-            path.chmod(mode)
         if problems := _problems(stage):
             raise ValueError(f"The checkpoint was not saved to `{folder}`:\n" + "\n".join(f"- {p}" for p in problems))
         if exists:
             _move_in(stage, folder)
         else:
             stage.rename(folder)
+    except ValueError:  # told above
+        raise
+    except Exception as error:  # the Rust libraries raise nothing narrower on a full disk
+        weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+        # Twice, for the checksum is put into a copy.
+        if (why := explain_full_disk(error, folder, 2 * weights + 2**20)) is None:
+            raise
+        raise OSError(f"The checkpoint was not saved to `{folder}`; what was there is as it was. {why}") from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
     return folder
@@ -158,15 +164,22 @@ def _move_in(stage: Path, folder: Path) -> None:
     """Replace files of `folder` by those of `stage`, `config.json` last; see [`save_checkpoint`]."""
     new = sorted(stage.iterdir(), key=lambda path: path.name == "config.json")
     decides = [path for path in new if path.name == "config.json" or "token" in path.name or path.name == "vocab.txt"]
-    same = all((old := folder / path.name).exists() and old.read_bytes() == path.read_bytes() for path in decides)
-    if not same:
+    # What is there already is not moved: the less, the shorter the folder is without its config.
+    kept = {path for path in new if path.suffix != ".safetensors" and _is_there(path, folder / path.name)}
+    if not kept.issuperset(decides):
         (folder / "config.json").unlink(missing_ok=True)
+        kept.discard(stage / "config.json")
     for path in new:
-        os.replace(path, folder / path.name)
+        if path not in kept:
+            os.replace(path, folder / path.name)
     # A single file is loaded in preference to shards, so none of an older save may stay.
     for path in [*folder.glob("model*.safetensors"), folder / WEIGHTS_INDEX]:
         if path.name not in {path.name for path in new}:
             path.unlink(missing_ok=True)
+
+
+def _is_there(path: Path, old: Path) -> bool:
+    return old.is_file() and not old.is_symlink() and old.read_bytes() == path.read_bytes()
 
 
 def check_checkpoint(folder: str | os.PathLike) -> None:
@@ -198,6 +211,9 @@ def _problems(folder: Path) -> list[str]:
         for name in _files(folder)
         if name.endswith(PICKLES)
     ]
+    problems += [
+        f"`{name}` is a link to a file outside the folder." for name in _files(folder) if _leads_out(folder, name)
+    ]
     try:
         names = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config = GamlBertConfig.from_pretrained(folder, local_files_only=True)
@@ -219,6 +235,14 @@ def _files(folder: Path) -> list[str]:
     return list(filter_repo_objects(paths, ignore_patterns=list(TRAINING_STATE)))
 
 
+def _leads_out(folder: Path, name: str) -> bool:
+    """Whether a push would send a file that is not of this folder. A snapshot in the Hub's cache is links to blobs."""
+    folder = folder.resolve()
+    target = (folder / name).resolve()
+    blobs = folder.parents[1] / "blobs" if folder.parent.name == "snapshots" else None
+    return not target.is_relative_to(folder) and target.parent != blobs
+
+
 def _code_problems(folder: Path, config: Mapping) -> list[str]:
     references = dict(config.get("auto_map") or {})
     problems = [
@@ -229,13 +253,16 @@ def _code_problems(folder: Path, config: Mapping) -> list[str]:
     pipelines = config.get("custom_pipelines") or {}
     if "text-classification" not in pipelines:
         problems.append("`custom_pipelines` in `config.json` does not name the class for `text-classification`.")
-    references |= {task: pipeline["impl"] for task, pipeline in pipelines.items()}
+    named = [("config.json", name, reference) for name, reference in references.items()]
+    named += [("config.json", task, pipeline.get("impl")) for task, pipeline in pipelines.items()]
+    named += [("tokenizer_config.json", *pair) for pair in _tokenizer_classes(folder)]
     needed = {}  # module: who needs it
-    for name, reference in references.items():
-        if "--" in reference:
-            problems.append(f"`config.json` takes the class for `{name}` from another repository, `{reference}`.")
+    for file, name, reference in named:
+        if not isinstance(reference, str) or not re.fullmatch(r"\w+\.\w+", reference):
+            where = "from another repository" if "--" in str(reference) else "by something else than `module.Class`"
+            problems.append(f"`{file}` takes the class for `{name}` {where}, `{reference}`.")
         else:
-            needed[reference.split(".")[0]] = f"`config.json` (for `{name}`)"
+            needed[reference.split(".")[0]] = f"`{file}` (for `{name}`)"
     found = set()
     while needed:
         module, needed_by = needed.popitem()
@@ -248,24 +275,39 @@ def _code_problems(folder: Path, config: Mapping) -> list[str]:
     return problems
 
 
+def _tokenizer_classes(folder: Path) -> list[tuple[str, str]]:
+    """What `tokenizer_config.json` names as code: mostly nothing."""
+    try:
+        found = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("auto_map") or {}
+    except (OSError, ValueError, AttributeError):  # told elsewhere
+        return []
+    if not isinstance(found, Mapping):
+        found = {"AutoTokenizer": found}
+    pairs = [
+        (name, value) for name, values in found.items() for value in (values if isinstance(values, list) else [values])
+    ]
+    return [(name, value) for name, value in pairs if value is not None]
+
+
 def _weight_problems(folder: Path, config: GamlBertConfig) -> list[str]:
-    if (folder / WEIGHTS).is_file():
-        names = {WEIGHTS}
-    elif (folder / WEIGHTS_INDEX).is_file():
-        names = set(json.loads((folder / WEIGHTS_INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-    else:
+    try:
+        paths = weight_files(folder)
+    except ValueError as error:
+        return [str(error)]
+    if not paths:
         return [f"`{WEIGHTS}` is missing."]
     shapes, problems, broken = {}, [], []
-    for name in sorted(names):
+    for path in paths:
         try:
-            with safe_open(folder / name, framework="pt") as file:
+            verify_checksum(path)
+            with safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118 (not a dict)
                     tensor = file.get_tensor(key)
                     shapes[key] = tuple(tensor.shape)
                     if not torch.isfinite(tensor).all():
                         broken.append(key)
-        except (OSError, SafetensorError) as error:
-            problems.append(f"`{name}` cannot be read: {error}")
+        except (OSError, SafetensorError, ValueError) as error:
+            problems.append(f"`{path.name}` cannot be read: {error}")
     if problems:
         return problems
     with torch.device("meta"):  # names and shapes alone
@@ -297,7 +339,7 @@ def _tokenizer_problems(folder: Path, config: GamlBertConfig) -> list[str]:
     if problems:
         return problems
     try:
-        size = len(AutoTokenizer.from_pretrained(folder, local_files_only=True))
+        size = len(AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
     except Exception as error:  # the Rust tokenizer raises nothing narrower
         return [f"The tokenizer cannot be loaded: {error}"]
     if size > config.vocab_size:

@@ -2,16 +2,19 @@
 BERT with an exit after each layer (Zhu et al., 2021). Start reading at `GamlBertForSequenceClassification.forward`.
 """
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import BertModel, BertPreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.bert.modeling_bert import BertPooler
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, cached_file
 from transformers.utils.output_capturing import capture_outputs
 
+from .checksums_gaml import verify_weights, weight_files, write_checksum
 from .configuration_gaml_bert import GamlBertConfig
 from .engine_gaml import LAYER_FUNCTIONS, Layout, PrepackedLinear
 from .exiting_gaml import ExitPolicy, policy_from_config
@@ -90,13 +93,25 @@ class GamlBertForSequenceClassification(BertPreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
         """
-        As [`~transformers.PreTrainedModel.from_pretrained`].
+        As [`~transformers.PreTrainedModel.from_pretrained`], from safetensors files alone unless the caller asks for
+        pickled weights (`use_safetensors=False`). A checksum in a file, see [`save_pretrained`], is verified.
 
         Raises:
             ValueError: the checkpoint lacks a layer, or a GAML-BERT checkpoint lacks anything that the config names.
-                It would answer at random.
+                It would answer at random. Or a weights file is damaged or cut short, or an index names a file outside
+                its folder.
         """
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        name = pretrained_model_name_or_path
+        kwargs.setdefault("use_safetensors", True)
+        is_folder = name is not None and os.path.isdir(name)
+        if is_folder:
+            _verify_weights(name, kwargs)
+        try:
+            model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
+        finally:
+            # From the Hub they lie in the cache now. Where they could not be loaded, this tells which file is damaged.
+            if name is not None and not is_folder:
+                _verify_weights(name, kwargs)
         missing = sorted(info["missing_keys"])
         # A checkpoint with any exit is a GAML-BERT, also where a `config` was given that does not say so.
         is_gaml = cls.__name__ in (model.config.architectures or [])
@@ -110,6 +125,17 @@ class GamlBertForSequenceClassification(BertPreTrainedModel):
                 "`exit_pooler` it was trained with."
             )
         return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory, *args, is_main_process: bool = True, **kwargs):
+        """
+        As [`~transformers.PreTrainedModel.save_pretrained`], with a SHA-256 of its contents inside each weights file,
+        which `from_pretrained` verifies. The disk needs room for a weights file twice while this runs. Files that
+        `push_to_hub=True` sends from here have no checksum yet; the method `push_to_hub` sends them with it.
+        """
+        super().save_pretrained(save_directory, *args, is_main_process=is_main_process, **kwargs)
+        if is_main_process:
+            for path in weight_files(save_directory, kwargs.get("variant")):
+                write_checksum(path)
 
     @capture_outputs
     def forward(
@@ -430,6 +456,28 @@ class GamlBertForSequenceClassification(BertPreTrainedModel):
                 f"`{name}` must lie between 0 and {bound - 1} ({meaning} is {bound}). Row {row} holds "
                 f"{int(values[wrong][0])}."
             )
+
+
+def _verify_weights(name: str | os.PathLike, kwargs: dict) -> None:
+    """Verify the weights that `from_pretrained(name, **kwargs)` loads from a folder, or has loaded from the cache."""
+    subfolder, variant = kwargs.get("subfolder") or "", kwargs.get("variant")
+    if os.path.isdir(name):
+        folder = Path(name, subfolder)
+    else:
+        where = {key: kwargs[key] for key in ("cache_dir", "revision") if kwargs.get(key) is not None}
+        config = cached_file(
+            name,
+            "config.json",
+            subfolder=subfolder,
+            local_files_only=True,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            **where,
+        )
+        if config is None:
+            return
+        folder = Path(config).parent
+    verify_weights(folder, variant)
 
 
 __all__ = ["GamlBertForSequenceClassification", "GamlSequenceClassifierOutput"]

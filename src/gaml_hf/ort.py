@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
-from uuid import uuid4
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .checkpoints import SEAL, staging_folder, why_unsealed, write_seal
 from .configuration_gaml_bert import GamlBertConfig
 from .exiting_gaml import Budgeted, ExitPolicy, policy_from_config
 from .modeling_gaml_bert import GamlBertForSequenceClassification, GamlSequenceClassifierOutput
@@ -84,6 +84,7 @@ def export_onnx(
             )
             onnx.helper.set_model_props(segment, {"precision": precision})
             onnx.save(segment, stage / name)
+        write_seal(stage, "*.onnx")  # not the config, which may be edited
     return folder
 
 
@@ -296,7 +297,8 @@ class GamlOrtModelForSequenceClassification:
             config_changes (*optional*): another exit policy, labels or `exit_temperatures` than the config's.
 
         Raises:
-            ValueError: the folder is no export, a change is one that needs a new export, or `num_threads` is below 1.
+            ValueError: the folder is no export, a graph in it is damaged, a change is one that needs a new export, or
+                `num_threads` is below 1.
             ImportError: the packages `onnx` and `onnxruntime` are not installed.
         """
         folder = Path(pretrained_model_name_or_path)
@@ -316,6 +318,11 @@ class GamlOrtModelForSequenceClassification:
         config = GamlBertConfig.from_pretrained(folder, local_files_only=True, **config_changes)
         if missing := [name for name in segment_files(config) if not (folder / name).is_file()]:
             raise ValueError(f"The export in `{folder}` is not complete: `{missing[0]}` is missing.")
+        if (folder / SEAL).is_file() and (reason := why_unsealed(folder)) is not None:
+            raise ValueError(
+                f"The export in `{folder}` is not what was written: {reason}. Take another copy, or export again with "
+                "`gaml_hf.ort.export_onnx`."
+            )
         return cls(folder, config, num_threads)
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
@@ -455,8 +462,7 @@ def _new_folder(folder: Path) -> Iterator[Path]:
     """A folder to write into, which then becomes `folder` in one rename."""
     if folder.exists():
         raise ValueError(f"The folder must be new: an export replaces nothing. Got `{folder}`, which exists.")
-    stage = folder.parent / f".saving-{uuid4().hex}"
-    stage.mkdir(parents=True)
+    stage = staging_folder(folder.parent)
     try:
         yield stage
         stage.rename(folder)

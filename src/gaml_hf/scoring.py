@@ -316,7 +316,7 @@ class ClassifierLoader(NamedTuple):
             model = GamlOrtModelForSequenceClassification.from_pretrained(self.model)
         else:
             model = GamlBertForSequenceClassification.from_pretrained(self.model)
-        tokenizer = AutoTokenizer.from_pretrained(self.model)
+        tokenizer = AutoTokenizer.from_pretrained(self.model, trust_remote_code=False)
         device = "cpu" if self.onnx else self.device
         return GamlTextClassificationPipeline(model=model, tokenizer=tokenizer, device=device)
 

@@ -7,7 +7,6 @@ from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 import transformers
@@ -15,12 +14,22 @@ from huggingface_hub import CommitInfo, run_as_future
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.utils import get_total_norm
-from transformers import Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
 from .alignment import align_, parameter_groups
+from .checkpoints import (
+    check_named_checkpoint,
+    explain_full_disk,
+    newest_complete_checkpoint,
+    rotate_checkpoints,
+    staging_folder,
+    write_seal,
+)
+from .checksums_gaml import verify_weights
 from .hub import TOLD_ARGUMENTS, TOLD_FIELDS, push_checkpoint, save_checkpoint
 from .losses_gaml import distillation_pairs, total_loss
 
@@ -44,6 +53,10 @@ class GamlTrainer(Trainer):
     `alignment/coefficient` (c of `g_GA = c * g_CE`, mean over groups), `alignment/coefficient_min`,
     `alignment/coefficient_max` and `alignment/conflict` (share of steps with an angle above 90°).
 
+    Each training checkpoint is sealed with checksums when it is whole, and only then are older ones deleted
+    (`save_total_limit`). `train(resume_from_checkpoint=True)` goes on from the newest that is whole, and ends with the
+    weights of a training that was never interrupted. With DeepSpeed and FSDP checkpoints are the stock Trainer's.
+
     Every push, at the end or with `hub_strategy="every_save"`, is one commit of a complete repository, see
     [`~GamlTrainer.push_to_hub`].
 
@@ -52,7 +65,9 @@ class GamlTrainer(Trainer):
             (DeepSpeed, FSDP and other sharding, `nn.DataParallel`, optimizers that step inside the backward pass,
             reentrant checkpointing), or where there is a loss beside L^CE (label smoothing, a custom one). At
             construction with `push_to_hub=True`, where a push would not be complete or would hold a pickle.
+            `train` raises it where the checkpoint to resume from is not complete.
         FloatingPointError: the loss or the weights are no longer finite. Nothing is saved after that.
+        OSError: the disk is full. The checkpoints before are as they were.
     """
 
     def __init__(self, *args, **kwargs):
@@ -172,6 +187,88 @@ class GamlTrainer(Trainer):
                 '`ga_mode="none"`, which is the stock Trainer.'
             )
 
+    # Checkpoints. The stock Trainer takes the folder of the highest number for the newest checkpoint, whole or not,
+    # and leaves it to chance whether the older ones are gone by then.
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        if resume_from_checkpoint and not self._is_sharded:
+            if resume_from_checkpoint is True:
+                checkpoint = newest_complete_checkpoint(self.args.output_dir)
+            else:
+                checkpoint = check_named_checkpoint(resume_from_checkpoint)
+            self._tell_missing_state(checkpoint)
+            resume_from_checkpoint = str(checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    @property
+    def _is_sharded(self) -> bool:
+        return self.is_deepspeed_enabled or self.is_fsdp_enabled
+
+    def _tell_missing_state(self, checkpoint: Path) -> None:
+        """Warn of what makes a resume inexact; the stock Trainer says nothing of it, or at level INFO."""
+        rng = f"rng_state_{self.args.process_index}.pth" if self.args.world_size > 1 else "rng_state.pth"
+        effects = {
+            # The stock Trainer loads both or none.
+            "optimizer.pt": "the optimizer starts without its moments, the learning rate at the start of its schedule",
+            "scheduler.pt": "the optimizer starts without its moments, the learning rate at the start of its schedule",
+            rng: "dropout draws other random numbers",
+        }
+        if self.accelerator.scaler is not None:
+            effects["scaler.pt"] = "the gradient scaler starts with its first scale"
+        missing = {name: effect for name, effect in effects.items() if not (checkpoint / name).is_file()}
+        if missing:
+            logger.warning(
+                f"`{checkpoint}` holds no {', '.join(f'`{name}`' for name in missing)}. Training goes on from its "
+                f"weights, but {'; '.join(dict.fromkeys(missing.values()))}. It will not end as an uninterrupted one."
+            )
+
+    def _save_checkpoint(self, model, trial) -> None:
+        if self._is_sharded:
+            return super()._save_checkpoint(model, trial)
+        args, run_folder = self.args, Path(self._get_output_dir(trial))
+        folder = run_folder / f"checkpoint-{self.state.global_step}"
+        if args.should_save and folder.exists():  # of a killed save, or of a resume from an older one
+            shutil.rmtree(folder)
+        self.accelerator.wait_for_everyone()  # or rank 0 would delete what another has written
+        limit, args.save_total_limit = args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if args.should_save:
+                write_seal(folder)
+        except Exception as error:  # safetensors and torch raise nothing narrower on a full disk
+            tensors = [*self.model.state_dict().values()]
+            tensors += [v for state in self.optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
+            needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors) + 2**20
+            why = explain_full_disk(error, run_folder, needed)
+            if why is None:
+                raise
+            shutil.rmtree(folder, ignore_errors=True)
+            raise OSError(
+                f"`{folder}` was not saved, and training stopped; the checkpoints before are as they were. {why} Then "
+                "go on with `resume_from_checkpoint=True`."
+            ) from error
+        finally:
+            args.save_total_limit = limit
+        if args.should_save:
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(run_folder, limit, [folder] if best is None else [folder, best])
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:  # a pickle, which nothing reads; `trainer_state.json` and `run.json` tell more
+            Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    def _load_best_model(self) -> None:
+        if not self._is_sharded:
+            verify_weights(self.state.best_model_checkpoint)
+        super()._load_best_model()
+
+    def _run_epoch(self, *args, **kwargs) -> None:
+        # The stock Trainer looks at this after a step only: resumed at its end, a training would make one too many.
+        if not self.control.should_training_stop:
+            super()._run_epoch(*args, **kwargs)
+
     # To the Hub. The stock Trainer would commit `training_args.bin`, a pickle, and a card of its own; it forgets the
     # handler and, in the middle of a training, the model's code.
 
@@ -232,7 +329,7 @@ class GamlTrainer(Trainer):
             else f"epoch {round(self.state.epoch)}"
         )
         # A folder of its own, so that training may go on and save again while this one goes up.
-        folder = Path(args.output_dir) / f".saving-{uuid4().hex}"
+        folder = staging_folder(Path(args.output_dir))
         self._save_complete(folder, {})
         push = self._pushing(folder, f"Training in progress, {at}")
 
@@ -313,6 +410,18 @@ class _TrainingGuard(TrainerCallback):
         # several times where `auto_find_batch_size` is on.
         self.trainer._reset()
         self.trainer._refuse_unsupported()
+        if state.global_step:  # resumed
+            self._resume_stopping(state, control)
+
+    def _resume_stopping(self, state, control) -> None:
+        """What had come to its end does not go on. The stock Trainer forgets what early stopping has counted."""
+        control.should_training_stop = state.global_step >= state.max_steps
+        for callback in self.trainer.callback_handler.callbacks:
+            saved = state.stateful_callbacks.get(type(callback).__name__)
+            if isinstance(callback, EarlyStoppingCallback) and isinstance(saved, dict):
+                counter = saved["attributes"]["early_stopping_patience_counter"]
+                callback.early_stopping_patience_counter = counter
+                control.should_training_stop |= counter >= callback.early_stopping_patience
 
     def on_step_end(self, args, state, control, model: Module | None = None, **kwargs: Any):
         # The stock callback, which comes first, has set these.
