@@ -350,8 +350,10 @@ def test_an_interrupted_training_leaves_nothing_behind(tmp_path):
 def test_a_batch_without_labels(tmp_path):
     trainer = make_trainer(tmp_path, make_model())
     trainer.data_collator = lambda rows: {"input_ids": torch.stack([row["input_ids"] for row in rows])}
-    with raises(ValueError, match="Training needs `labels` in every batch, and this batch has none"):
+    with raises(ValueError, match="A batch of the train dataset has no `labels`"):
         trainer.train()
+    with raises(ValueError, match="Training needs `labels` in every batch, and this batch has none"):
+        trainer.compute_loss(trainer.model.train(), {"input_ids": Rows().input_ids})
 
 
 def set_attribute(name, value):
