@@ -1,17 +1,11 @@
-"""
-GamlTrainer. Run as a script, this file is one rank of a distributed training, see `test_two_ranks`.
-"""
+"""GamlTrainer in one process; in several, see `test_distributed.py`."""
 
 import itertools
 import math
-import os
-import subprocess
-import sys
 from functools import cache
-from pathlib import Path
 
 import torch
-from pytest import approx, fixture, mark, raises
+from pytest import approx, mark, raises
 from torch.nn import functional as F
 from torch.testing import assert_close
 from torch.utils.data import Dataset
@@ -201,45 +195,6 @@ def test_fewer_micro_batches_at_the_end_of_an_epoch(tmp_path):
         max_steps=2,
     )
     assert_same_weights(weights, reference_training("soft", "layer", batches=((0, 4), (4, 6)))[0])
-
-
-def distributed_worker(folder):
-    """One rank of two: trains every case on its half of the rows and writes the weights."""
-    ranks_of_4 = {"per_device_train_batch_size": 4}
-    accumulated = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-    runs = {
-        f"{mode}-{granularity}": ({"ga_mode": mode, "ga_granularity": granularity}, ranks_of_4)
-        for mode, granularity in CASES
-    }
-    runs["accumulated"] = ({"ga_granularity": "layer"}, accumulated)
-    runs["shared"] = ({"ga_granularity": "layer", "exit_pooler": "shared"}, ranks_of_4)
-    weights = {key: train(folder, make_model(**changes), **layout)[0] for key, (changes, layout) in runs.items()}
-    torch.save(weights, folder / f"{os.environ['RANK']}.pt")
-
-
-@fixture(scope="module")
-def two_ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two_ranks")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*launcher, __file__, str(folder)], capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
-
-
-@mark.parametrize(("mode", "granularity"), CASES)
-def test_two_ranks(two_ranks, mode, granularity):
-    for rank in two_ranks:
-        assert_same_weights(rank[f"{mode}-{granularity}"], reference_training(mode, granularity)[0])
-
-
-def test_two_ranks_accumulated(two_ranks):
-    assert_same_weights(two_ranks[0]["accumulated"], reference_training("soft", "layer")[0])
-
-
-def test_two_ranks_with_a_shared_pooler(two_ranks, tmp_path):
-    """A parameter used by every exit is one that DistributedDataParallel must not count several times."""
-    weights, _ = train(tmp_path, make_model(ga_granularity="layer", exit_pooler="shared"))
-    assert_same_weights(two_ranks[0]["shared"], weights)
 
 
 def test_every_parameter_moves(tmp_path):
@@ -443,7 +398,3 @@ def test_a_loss_that_is_nan_stops_the_training(tmp_path, mode):
     trainer = make_trainer(tmp_path, make_model(ga_mode=mode), **changes)
     with raises(FloatingPointError, match="stopped at step 3: the loss is not finite"):
         trainer.train()
-
-
-if __name__ == "__main__":
-    distributed_worker(Path(sys.argv[1]))
