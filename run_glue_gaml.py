@@ -44,6 +44,7 @@ from transformers import (
 
 from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification, GamlTrainer, __version__, plots
 from gaml_hf.checkpoints import training_checkpoints
+from gaml_hf.data_checks import column_values
 from gaml_hf.evaluation import (
     ExitMetrics,
     OperatingPoint,
@@ -105,6 +106,9 @@ class DataTrainingArguments:
         default=False, metadata={"help": "Pad every text to `max_seq_length`; else to the longest of its batch."}
     )
     overwrite_cache: bool = field(default=False, metadata={"help": "Tokenize again even where a cache exists."})
+    allow_blank_texts: bool = field(
+        default=False, metadata={"help": "Use blank texts too, with a warning; the pipeline refuses to answer them."}
+    )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many rows at most."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on this many rows at most."})
     max_predict_samples: int | None = field(default=None, metadata={"help": "Predict this many rows at most."})
@@ -292,55 +296,68 @@ def find_columns(rows: DatasetDict, data_args: DataTrainingArguments) -> list[st
 def find_label_names(rows: DatasetDict, data_args: DataTrainingArguments) -> list[str]:
     """The class names, in the order of the class indices."""
     column = data_args.label_column
-    source = rows["train"] if "train" in rows else next(iter(rows.values()))
+    split = "train" if "train" in rows else next(iter(rows))
+    source = rows[split]
     if column not in source.column_names:
         raise ValueError(f"`label_column` must be one of {source.column_names}. Got {column!r}.")
     feature = source.features[column]
     if isinstance(feature, datasets.ClassLabel):
         names = feature.names
-    elif feature.dtype.startswith("float"):
-        raise ValueError(
-            f"The labels in column {column!r} are fractions ({feature.dtype}), or some are missing: regression is "
-            "outside the paper. A class is a name or a whole number."
-        )
     else:
-        labels = source.unique(column)
-        if None in labels:
-            raise ValueError(f"Row {list(source[column]).index(None)} of the data has no label (column {column!r}).")
-        negative = [label for label in labels if not isinstance(label, str) and label < 0]
-        if negative:
-            raise ValueError(
-                f"Row {list(source[column]).index(negative[0])} of the data has the label {negative[0]} (column "
-                f"{column!r}), which elsewhere means that it has none. Take such rows out, or write classes as text."
-            )
+        classes = ("string", "large_string", "int", "uint", "bool", "null")
+        dtype = str(getattr(feature, "dtype", feature))
+        labels = source.unique(column) if dtype.startswith((*classes, "float")) else [source[0][column]]
+        # NaN is not itself; an empty cell of a csv file is None, or NaN in a column of numbers.
+        missing = [x for x in labels if x is None or x != x or (isinstance(x, str) and not x.strip())]
+        negative = [x for x in labels if x is not None and x < 0] if dtype.startswith("int") else []
+        fractions = [] if dtype.startswith(classes) else labels
+        for wrong, problem in (
+            (missing, "has no label"),
+            (fractions, "must be a name or a whole number (regression is outside the paper)"),
+            (negative, "must not be negative, which elsewhere means that a row has no label; take such rows out"),
+        ):
+            if wrong:
+                values = enumerate(column_values(source, column))
+                row = next(row for row, x in values if x == wrong[0] or (x != x and wrong[0] != wrong[0]))
+                raise ValueError(f"Row {row} of the {split} split, column {column!r}, {problem}. Got {wrong[0]!r}.")
         names = [str(label) for label in sorted(labels)]
     if len(names) < 2:
-        raise ValueError(f"The labels in column {column!r} must be of at least two classes. Got {names}.")
+        raise ValueError(
+            f"The labels of the {split} split, column {column!r}, must be of at least two classes. Got {names}."
+        )
     return names
 
 
-def check_texts(rows: DatasetDict, columns: list[str]) -> None:
-    """Find a missing or broken text before the first step, not in the middle of an epoch."""
+def check_texts(rows: DatasetDict, columns: list[str], allow_blank: bool) -> None:
+    """Find a missing, blank or broken text before the first step, not in the middle of an epoch."""
     for split, part in rows.items():
         for column in columns:
-            for row, text in enumerate(part[column]):
-                problem = None
+            blank = []
+            for row, text in enumerate(column_values(part, column)):
                 if not isinstance(text, str):
-                    problem = f"must be text. Got {text!r} ({type(text).__name__})"
-                else:
-                    try:
-                        text.encode("utf-8")
-                    except UnicodeEncodeError as error:
-                        problem = f"is not valid Unicode: {error}"
-                if problem:
-                    raise ValueError(f"Row {row} of the {split} split, column {column!r}, {problem}.")
+                    raise ValueError(
+                        f"Row {row} of the {split} split, column {column!r}, must be text, in valid Unicode. "
+                        f"Got {text!r} ({type(text).__name__})."
+                    )
+                if not text.strip():
+                    blank.append(row)
+            if not blank:
+                continue
+            found = f"{len(blank)} rows of the {split} split, column {column!r}, are blank: {str(blank[:10])[1:-1]}"
+            if not allow_blank:
+                raise ValueError(
+                    f"Row {blank[0]} of the {split} split, column {column!r}, must hold more than blanks. Got "
+                    f"{part[blank[0]][column]!r}. In all, {found}. Take them out, or use them with "
+                    "`--allow_blank_texts`."
+                )
+            logger.warning("%s.", found)
 
 
 def encode_labels(part: datasets.Dataset, split: str, label2id: dict[str, int], column: str) -> list[int]:
     """Class indices of one split."""
     if column not in part.column_names:
         raise ValueError(f"The {split} split has no column {column!r} (`label_column`); it has {part.column_names}.")
-    labels = list(part[column])
+    labels = list(column_values(part, column))
     if isinstance(part.features[column], datasets.ClassLabel):
         names = part.features[column].names
         labels = [names[label] if label is not None and label >= 0 else label for label in labels]
@@ -425,7 +442,7 @@ def main(argv: list[str] | None = None) -> dict:
         {split: rows[split] for split in [*(["train"] if "train" in rows else []), *sorted(needed - {"train"})]}
     )
     columns = find_columns(rows, data_args)
-    check_texts(rows, columns)
+    check_texts(rows, columns, data_args.allow_blank_texts)
     label_names = find_label_names(rows, data_args)
     if task and len(label_names) != task.num_labels:
         raise ValueError(f"The task {task.name} has {task.num_labels} labels. The data has {label_names}.")
@@ -440,7 +457,12 @@ def main(argv: list[str] | None = None) -> dict:
     if task and training_args.do_predict:  # now, not after the training: there may be a class that GLUE does not know
         submission_labels = [task.submission_label(name) for name in label_names]
 
-    # Tokens
+    # Tokens and labels
+    labels = {
+        split: encode_labels(part, split, config.label2id, data_args.label_column)
+        for split, part in rows.items()
+        if split not in test_splits  # whose labels, if any, are not read
+    }
     max_length = min(data_args.max_seq_length, tokenizer.model_max_length, config.max_position_embeddings)
 
     def tokenize(batch: dict) -> dict:
@@ -461,9 +483,8 @@ def main(argv: list[str] | None = None) -> dict:
                 load_from_cache_file=not data_args.overwrite_cache,
                 desc=f"Tokenizing {split}",
             )
-            if split not in test_splits:  # whose labels, if any, are not read
-                labels = encode_labels(part, split, config.label2id, data_args.label_column)
-                encoded[split] = encoded[split].add_column("labels", labels)
+            if split in labels:
+                encoded[split] = encoded[split].add_column("labels", labels[split])
 
     def first(part: datasets.Dataset, limit: int | None) -> datasets.Dataset:
         return part if limit is None else part.select(range(min(limit, len(part))))

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from huggingface_hub import snapshot_download
@@ -294,9 +296,31 @@ def test_a_class_that_the_server_does_not_know(common, files, tmp_path):
 
 BROKEN_ROWS = [
     ([{"sentence": "good", "label": "a"}, {"sentence": "", "label": "b"}], "Row 1 of the train split, column 'sent"),
-    ([{"sentence": "good", "label": 0.5}, {"sentence": "bad", "label": 1.0}], "fractions"),
-    ([{"sentence": "good", "label": "a"}, {"sentence": "bad", "label": ""}], "Row 1 of the data has no label"),
-    ([{"sentence": "good", "label": 1}, {"sentence": "bad", "label": -100}], "Row 1 of the data has the label -100"),
+    (
+        [{"sentence": "good", "label": "a"}, {"sentence": " ", "label": "b"}, {"sentence": "\u3000", "label": "b"}],
+        r"Row 1 of the train split, column 'sentence', must hold more than blanks.* In all, 2 rows.*blank: 1, 2",
+    ),
+    (
+        [{"sentence": "good", "label": 0.5}, {"sentence": "bad", "label": 1.0}],
+        r"Row 0 of the train split, column 'label', must be a name or a whole number .*regression.* Got 0\.5",
+    ),
+    (
+        [{"sentence": "good", "label": "a"}, {"sentence": "bad", "label": ""}],
+        "Row 1 of the train split, column 'label', has no label",
+    ),
+    (
+        [{"sentence": "good", "label": 1}, {"sentence": "bad", "label": None}, {"sentence": "bad", "label": 0}],
+        "Row 1 of the train split, column 'label', has no label",  # such a column is read as 1.0, NaN, 0.0
+    ),
+    (
+        [{"sentence": "good", "label": 1}, {"sentence": "bad", "label": -100}],
+        r"Row 1 of the train split, column 'label', must not be negative.* take such rows out\. Got -100",
+    ),
+    (
+        [{"sentence": "good", "label": -100}, {"sentence": "bad", "label": -100}],
+        "Row 0 of the train split, column 'label', must not be negative",
+    ),
+    ([{"sentence": "good", "label": None}] * 2, "Row 0 of the train split, column 'label', has no label. Got None"),
     ([{"sentence": "good", "label": "a"}, {"sentence": "bad", "label": "a"}], "at least two classes"),
     ([{"sentence": "good", "grade": 1}], "`label_column` must be one of"),
     ([{"one": "x", "two": "y", "three": "z", "label": "a"}], "`text_columns` must name one or two columns"),
@@ -324,6 +348,40 @@ def test_a_lone_surrogate_is_found(common, tmp_path):
     path.write_text("\n".join(json.dumps(row) for row in rows))
     with raises(ValueError, match="`train_file` could not be read, .*surrogate.* in row 1"):
         run_glue_gaml.main([*common, "--train_file", str(path), "--do_train"])
+
+
+def test_a_parquet_file_that_is_not_utf_8(common, tmp_path):
+    texts = pa.array([b"good", b"bad \xed\xa0\x80"]).view(pa.string())  # U+D800, a lone surrogate
+    pq.write_table(pa.table({"sentence": texts, "label": [0, 1]}), tmp_path / "rows.parquet")
+    with raises(ValueError, match="Row 1 of the train split, column 'sentence', must be text, in valid Unicode.*bad"):
+        run_glue_gaml.main([*common, "--train_file", str(tmp_path / "rows.parquet"), "--do_train"])
+
+
+def test_labels_that_are_lists(common, tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text('{"sentence": "good", "label": [0, 1]}\n{"sentence": "bad", "label": [1]}')
+    with raises(ValueError, match=r"Row 0 of the train split, column 'label', must be a name .* Got \[0, 1\]"):
+        run_glue_gaml.main([*common, "--train_file", str(path), "--do_train"])
+
+
+def test_blank_texts_are_used_where_wanted(common, tmp_path, caplog):
+    rows = pd.DataFrame({"one": ["good"] * 4, "two": ["bad", "", "bad", "  "], "label": [0, 1, 0, 1]})
+    rows.to_parquet(tmp_path / "rows.parquet")
+    words = [*common, "--validation_file", str(tmp_path / "rows.parquet"), "--do_eval", "--exit_strategy", "none"]
+    run = run_glue_gaml.main([*words, "--allow_blank_texts"])
+    assert run["evaluation"]["validation"]["rows"] == 4
+    assert "2 rows of the validation split, column 'two', are blank: 1, 3." in caplog.text
+
+
+def test_a_training_that_diverges_keeps_what_was_good(common, files, tmp_path):
+    out = tmp_path / "out"
+    words = [*common, *with_files(files, "train"), "--do_train", "--patience", "2", "--num_train_epochs", "1"]
+    run_glue_gaml.main(words)
+    before = (out / "model.safetensors").read_bytes()
+    broken = [*words, "--overwrite_output_dir", "--learning_rate", "1e38", "--max_grad_norm", "0", "--optim", "sgd"]
+    with raises(FloatingPointError, match="Training stopped at step .* not finite"):
+        run_glue_gaml.main(broken)
+    assert (out / "model.safetensors").read_bytes() == before
 
 
 @mark.parametrize(

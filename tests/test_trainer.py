@@ -1,17 +1,11 @@
-"""
-GamlTrainer. Run as a script, this file is one rank of a distributed training, see `test_two_ranks`.
-"""
+"""GamlTrainer in one process; in several, see `test_distributed.py`."""
 
 import itertools
 import math
-import os
-import subprocess
-import sys
 from functools import cache
-from pathlib import Path
 
 import torch
-from pytest import approx, fixture, mark, raises
+from pytest import approx, mark, raises
 from torch.nn import functional as F
 from torch.testing import assert_close
 from torch.utils.data import Dataset
@@ -203,45 +197,6 @@ def test_fewer_micro_batches_at_the_end_of_an_epoch(tmp_path):
     assert_same_weights(weights, reference_training("soft", "layer", batches=((0, 4), (4, 6)))[0])
 
 
-def distributed_worker(folder):
-    """One rank of two: trains every case on its half of the rows and writes the weights."""
-    ranks_of_4 = {"per_device_train_batch_size": 4}
-    accumulated = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-    runs = {
-        f"{mode}-{granularity}": ({"ga_mode": mode, "ga_granularity": granularity}, ranks_of_4)
-        for mode, granularity in CASES
-    }
-    runs["accumulated"] = ({"ga_granularity": "layer"}, accumulated)
-    runs["shared"] = ({"ga_granularity": "layer", "exit_pooler": "shared"}, ranks_of_4)
-    weights = {key: train(folder, make_model(**changes), **layout)[0] for key, (changes, layout) in runs.items()}
-    torch.save(weights, folder / f"{os.environ['RANK']}.pt")
-
-
-@fixture(scope="module")
-def two_ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two_ranks")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*launcher, __file__, str(folder)], capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
-
-
-@mark.parametrize(("mode", "granularity"), CASES)
-def test_two_ranks(two_ranks, mode, granularity):
-    for rank in two_ranks:
-        assert_same_weights(rank[f"{mode}-{granularity}"], reference_training(mode, granularity)[0])
-
-
-def test_two_ranks_accumulated(two_ranks):
-    assert_same_weights(two_ranks[0]["accumulated"], reference_training("soft", "layer")[0])
-
-
-def test_two_ranks_with_a_shared_pooler(two_ranks, tmp_path):
-    """A parameter used by every exit is one that DistributedDataParallel must not count several times."""
-    weights, _ = train(tmp_path, make_model(ga_granularity="layer", exit_pooler="shared"))
-    assert_same_weights(two_ranks[0]["shared"], weights)
-
-
 def test_every_parameter_moves(tmp_path):
     before = weights_of(make_model())
     after, _ = train(tmp_path, make_model(), max_steps=1)
@@ -350,8 +305,10 @@ def test_an_interrupted_training_leaves_nothing_behind(tmp_path):
 def test_a_batch_without_labels(tmp_path):
     trainer = make_trainer(tmp_path, make_model())
     trainer.data_collator = lambda rows: {"input_ids": torch.stack([row["input_ids"] for row in rows])}
-    with raises(ValueError, match="Training needs `labels` in every batch, and this batch has none"):
+    with raises(ValueError, match="A batch of the train dataset has no `labels`"):
         trainer.train()
+    with raises(ValueError, match="Training needs `labels` in every batch, and this batch has none"):
+        trainer.compute_loss(trainer.model.train(), {"input_ids": Rows().input_ids})
 
 
 def set_attribute(name, value):
@@ -366,6 +323,8 @@ REFUSED = {
     "FSDP": set_attribute("is_fsdp_enabled", True),
     "spread over several devices": set_attribute("is_model_parallel", True),
     "nn.DataParallel": set_attribute("_n_gpu", 2),
+    "spread over several devices.*": set_attribute("is_distributed_loading_by_transformers", True),
+    "`parallelism_config`": lambda trainer: setattr(trainer.args, "parallelism_config", object()),
     "`compute_loss_func`": set_attribute(
         "compute_loss_func", lambda outputs, labels, num_items_in_batch: outputs.loss
     ),
@@ -388,6 +347,7 @@ def test_refused_at_the_start_of_training(tmp_path, name):
     ("name", "changes"),
     [
         ("label_smoothing_factor", {"label_smoothing_factor": 0.1}),
+        ("FSDP", {"fsdp": True, "fsdp_config": {"version": 2}}),
         ("optim=.*lomo", {"optim": "lomo"}),
         ("optim=.*layerwise", {"optim": "galore_adamw_layerwise", "optim_target_modules": ["query"]}),
     ],
@@ -443,5 +403,65 @@ def test_a_loss_that_is_nan_stops_the_training(tmp_path, mode):
         trainer.train()
 
 
-if __name__ == "__main__":
-    distributed_worker(Path(sys.argv[1]))
+class OverflowTheNorm(TrainerCallback):
+    """A gradient of finite numbers, the sum of whose squares is not: clipping makes zeros of it."""
+
+    def __init__(self, model):
+        self.step = 0
+        model.exit_classifiers["1"].bias.register_hook(self.change)
+
+    def change(self, gradient):
+        return gradient * 1e30 if self.step == 1 else gradient
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.step = state.global_step
+
+
+def test_a_gradient_whose_norm_overflows_stops_the_training(tmp_path):
+    """The stock Trainer goes on with a step of zero, and reports nothing but `grad_norm: inf`."""
+    changes = {"max_grad_norm": 1.0, "save_strategy": "steps", "save_steps": 1}
+    model = make_model(ga_mode="none")
+    stock = make_trainer(tmp_path / "stock", model, trainer_class=Trainer, **changes)
+    stock.add_callback(OverflowTheNorm(model))
+    stock.train()
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert [entry["grad_norm"] for entry in stock.state.log_history[:-1]][1] == math.inf
+
+    model = make_model(ga_mode="none")
+    trainer = make_trainer(tmp_path / "ours", model, **changes)
+    trainer.add_callback(OverflowTheNorm(model))
+    with raises(FloatingPointError, match="stopped at step 2: the gradient is not finite"):
+        trainer.train()
+    assert [folder.name for folder in (tmp_path / "ours").glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_logits_that_are_not_finite_are_no_answer(tmp_path):
+    model = make_model()
+    with torch.no_grad():
+        model.bert.embeddings.word_embeddings.weight[Rows().input_ids[2]] = math.nan
+    trainer = make_trainer(tmp_path, model)
+    seen = set(Rows().input_ids[2].tolist())
+    row = next(i for i, ids in enumerate(Rows().input_ids.tolist()) if seen & set(ids))
+    for scored in (trainer.evaluate, trainer.predict):
+        with raises(FloatingPointError, match=f"the logits of row {row} are not finite"):
+            scored(Rows())
+
+
+@mark.parametrize("strategy", ["steps", "best"])
+def test_an_evaluation_that_fails_loses_nothing(tmp_path, strategy):
+    """The stock Trainer evaluates before it saves, and would lose what was trained since the last checkpoint."""
+
+    def fail(prediction):
+        raise ZeroDivisionError("of the user's metric")
+
+    more = {"eval_dataset": Rows(), "compute_metrics": fail}
+    changes = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": strategy, "save_steps": 3}
+    trainer = make_trainer(tmp_path, make_model(), more=more, metric_for_best_model="loss", **changes)
+    with raises(ZeroDivisionError):
+        trainer.train()
+    assert [folder.name for folder in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    # And on with it, once the metric is mended.
+    resumed = make_trainer(tmp_path, make_model(), more={"eval_dataset": Rows()}, **changes)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    undisturbed, _ = train(tmp_path / "other", make_model())
+    assert_same_weights(weights_of(resumed.model), undisturbed)

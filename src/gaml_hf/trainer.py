@@ -8,15 +8,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
+from accelerate.utils import find_batch_size, slice_tensors
 from huggingface_hub import CommitInfo, run_as_future
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.utils import get_total_norm
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import HubStrategy, SaveStrategy
+from transformers.trainer_utils import EvalLoopOutput, HubStrategy, SaveStrategy, has_length
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
@@ -30,6 +32,7 @@ from .checkpoints import (
     write_seal,
 )
 from .checksums_gaml import verify_weights
+from .data_checks import CheckedCollator, check_dataset
 from .hub import TOLD_ARGUMENTS, TOLD_FIELDS, push_checkpoint, save_checkpoint
 from .losses_gaml import distillation_pairs, total_loss
 
@@ -48,6 +51,12 @@ class GamlTrainer(Trainer):
     averaged over ranks, and are aligned once: GA is not linear, so aligning micro-batches would give another result.
     Clipping and the optimizer follow as always.
 
+    Each row of a step has the same weight, so that it does not matter how a step is cut into ranks and micro-batches.
+    The stock Trainer, and so `ga_mode="none"`, averages the means of the micro-batches, where the rows of a short last
+    one weigh more, and over several ranks fills the last one up with rows that were there before.
+
+    Datasets are checked before the first step, see [`~gaml_hf.data_checks.check_dataset`].
+
     Logged beside the loss (which is L of Eq. 2 in every mode), as means over the steps since the last entry, without
     those that a gradient scaler had to skip: `alignment/cos_angle` (Eq. 4, over all parameters),
     `alignment/coefficient` (c of `g_GA = c * g_CE`, mean over groups), `alignment/coefficient_min`,
@@ -64,9 +73,11 @@ class GamlTrainer(Trainer):
         ValueError: at construction, or when training starts, where alignment would not see the plain gradients
             (DeepSpeed, FSDP and other sharding, `nn.DataParallel`, optimizers that step inside the backward pass,
             reentrant checkpointing), or where there is a loss beside L^CE (label smoothing, a custom one). At
-            construction with `push_to_hub=True`, where a push would not be complete or would hold a pickle.
-            `train` raises it where the checkpoint to resume from is not complete.
-        FloatingPointError: the loss or the weights are no longer finite. Nothing is saved after that.
+            construction with `push_to_hub=True`, where a push would not be complete or would hold a pickle. When
+            training starts, where a dataset is empty, lacks a column, or holds a wrong label, or the checkpoint to
+            resume from is not complete.
+        FloatingPointError: the loss, the gradient or the weights are no longer finite, on any rank: all ranks stop,
+            and nothing is saved after that. Also where an answer in an evaluation or a prediction is not finite.
         OSError: the disk is full. The checkpoints before are as they were.
     """
 
@@ -81,8 +92,12 @@ class GamlTrainer(Trainer):
     def _reset(self) -> None:
         self._g_kd: list[Tensor] | None = None  # gradient of L^KD, accumulated since the last optimizer step
         self._kd_loss: Tensor | None = None  # of the micro-batch in progress
+        self._row_weights: list[Tensor | float] = []  # of the micro-batches of this step that are still to come
         self._alignment_sum: Tensor | float = 0.0  # over the steps since the last log; the last number counts them
-        self._loss_is_finite: Tensor | None = None  # so far, in this training
+        self._grad_norm: Tensor | float = 0.0  # of the last step
+        # So far, in this training; None before the first step.
+        self._loss_is_finite: Tensor | None = None
+        self._gradient_is_finite: Tensor | bool = True
 
     @property
     def aligns(self) -> bool:
@@ -98,8 +113,10 @@ class GamlTrainer(Trainer):
         outputs = model(**inputs)
         if outputs.kd_loss is None:
             raise ValueError("Training needs `labels` in every batch, and this batch has none.")
+        weight = self._row_weights.pop(0) if self._row_weights else 1.0
+        ce_loss, kd_loss = weight * outputs.ce_loss, weight * outputs.kd_loss
         # Divided and scaled just as `training_step` and `Accelerator.backward` will do with L^CE.
-        kd_loss = outputs.kd_loss / self.current_gradient_accumulation_steps
+        kd_loss = kd_loss / self.current_gradient_accumulation_steps
         scaler = self.accelerator.scaler
         g_kd = torch.autograd.grad(
             kd_loss if scaler is None else scaler.scale(kd_loss),
@@ -113,7 +130,140 @@ class GamlTrainer(Trainer):
         else:
             torch._foreach_add_(self._g_kd, list(g_kd))
         self._kd_loss = kd_loss.detach()
-        return (outputs.ce_loss, outputs) if return_outputs else outputs.ce_loss
+        return (ce_loss, outputs) if return_outputs else ce_loss
+
+    # Rows: each counts once, however a step is cut into ranks and micro-batches
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Called by the stock Trainer for the micro-batches of one step."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._row_weights = []
+        if batches and self.aligns:
+            rows = [find_batch_size(batch) for batch in batches]
+            own = self._rows_of_its_own(rows[-1])
+            if own < rows[-1]:
+                # DistributedDataParallel waits for a backward pass of every rank: a rank without rows keeps one, which
+                # weighs nothing.
+                batches[-1] = slice_tensors(batches[-1], slice(max(own, 1)))
+                rows[-1] = own
+            total = sum(rows)
+            if self.args.world_size > 1:
+                total = torch.tensor(total, dtype=torch.float32, device=device)
+                torch.distributed.all_reduce(total)
+            # Divided by `len(batches)` in `training_step`, and by the number of ranks in their average.
+            self._row_weights = [n * len(batches) * self.args.world_size / total for n in rows]
+        return batches, num_items
+
+    def _rows_of_its_own(self, batch_size: int) -> int:
+        """
+        How many rows of the batch that was read last are not there to fill it up.
+
+        Over several ranks, the last batch is filled up with rows from the start, behind the others.
+        """
+        state = self.accelerator.gradient_state
+        sampling = getattr(self.args, "train_sampling_strategy", None)
+        if self.args.world_size == 1 or not state.end_of_dataloader or sampling == "batch_rebalance":
+            return batch_size
+        remainder = state.remainder
+        loader = state.active_dataloader
+        if remainder < 0 and not self.args.dataloader_drop_last and has_length(loader.dataset):
+            # Not known to accelerate in an epoch that was resumed in the middle.
+            remainder = len(loader.dataset) % (batch_size * self.args.world_size)
+        if remainder <= 0:
+            return batch_size
+        return min(max(remainder - self.args.process_index * batch_size, 0), batch_size)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
+        batch_size = 0 if loss is None else find_batch_size(inputs)
+        own = self._rows_of_its_own(batch_size)
+        if 0 < own < batch_size:
+            # The stock loop takes this loss once for each row of its own; it is to be theirs alone. Not by `model`:
+            # DistributedDataParallel would wait for the other ranks.
+            loss, _, _ = super().prediction_step(self.model, slice_tensors(inputs, slice(own)), True)
+        return loss, logits, labels
+
+    # Datasets
+
+    def get_train_dataloader(self):
+        """As the stock Trainer's; the evaluation rows are checked as well, not after an epoch of training."""
+        if self.train_dataset is not None:
+            self._check_dataset(self.train_dataset, "train")
+        evaluates = str(getattr(self.args.eval_strategy, "value", self.args.eval_strategy)) != "no"
+        if evaluates and self.eval_dataset is not None:
+            several = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+            for name, dataset in several.items():
+                self._check_dataset(dataset, f"eval ({name})" if name else "eval")
+        return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, str):
+            dataset = self.eval_dataset[dataset]
+        if dataset is not None and not isinstance(dataset, dict):
+            self._check_dataset(dataset, "eval")
+        return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset):
+        self._check_dataset(test_dataset, "test")
+        return super().get_test_dataloader(test_dataset)
+
+    def _check_dataset(self, dataset: Any, split: str) -> None:
+        config = self.model.config
+        check_dataset(
+            dataset,
+            split,
+            num_labels=config.num_labels,
+            max_length=config.max_position_embeddings,
+            needs_labels=split != "test",
+            # Else a collator of one's own may make labels and tokens out of other columns.
+            columns_are_final=getattr(self.data_collator, "__module__", "").startswith("transformers."),
+        )
+
+    def _get_dataloader(self, dataset, description, *args, **kwargs):
+        collator = self.data_collator
+        split = {"Training": "train", "Evaluation": "eval"}.get(description, description)
+        self.data_collator = CheckedCollator(
+            collator, split, num_labels=self.model.config.num_labels, needs_labels=split != "test"
+        )
+        try:
+            return super()._get_dataloader(dataset, description, *args, **kwargs)
+        finally:
+            self.data_collator = collator
+
+    # Numbers that are not finite, and an evaluation that fails
+
+    def evaluation_loop(self, dataloader, description, *args, **kwargs) -> EvalLoopOutput:
+        output = super().evaluation_loop(dataloader, description, *args, **kwargs)
+        if not output.num_samples:
+            raise ValueError(f"{description}: the dataset gave no rows.")
+        predictions = output.predictions if isinstance(output.predictions, tuple) else (output.predictions,)
+        for values in predictions:
+            if isinstance(values, np.ndarray) and not np.isfinite(values).all():
+                row = int(np.argwhere(~np.isfinite(values))[0][0])
+                raise FloatingPointError(
+                    f"{description}: the logits of row {row} are not finite (NaN or infinite), so it has no answer. "
+                    "Look at the weights of this checkpoint, or evaluate in float32."
+                )
+        return output
+
+    def _evaluate(self, trial, *args, **kwargs):
+        """Called by the stock Trainer during training, before it saves what it evaluates."""
+        try:
+            return super()._evaluate(trial, *args, **kwargs)
+        except FloatingPointError:
+            raise
+        except Exception:
+            if self.args.save_strategy != SaveStrategy.NO and self.state.global_step > 0:
+                logger.error(f"The evaluation failed. The model is saved as it is at step {self.state.global_step}.")
+                self._save_checkpoint(self.model_wrapped, trial)
+            raise
+
+    def _get_grad_norm(self, *args, **kwargs):
+        self._grad_norm = super()._get_grad_norm(*args, **kwargs)
+        return self._grad_norm
+
+    # Gradients
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -165,9 +315,15 @@ class GamlTrainer(Trainer):
         optim = self.args.optim.value
         refused = {
             "DeepSpeed": self.is_deepspeed_enabled,
-            "FSDP": self.is_fsdp_enabled,
+            "FSDP": self.is_fsdp_enabled or bool(self.args.fsdp),
             "a model spread over several devices": self.is_model_parallel
-            or getattr(self, "is_distributed_loading_by_transformers", False),
+            or getattr(self, "is_distributed_loading_by_transformers", False)
+            or getattr(self.model, "tp_size", None) is not None,
+            "`parallelism_config`": getattr(self.args, "parallelism_config", None) is not None
+            or getattr(self.accelerator, "parallelism_config", None) is not None,
+            "`accelerator_config.even_batches=False`, where ranks may make different numbers of steps": (
+                self.args.world_size > 1 and not self.args.accelerator_config.even_batches
+            ),
             "nn.DataParallel (use torchrun, or show one GPU only)": self.args.n_gpu > 1,
             f"`optim={optim!r}`, which steps inside the backward pass": "lomo" in optim or "layerwise" in optim,
             "`label_smoothing_factor`": self.args.label_smoothing_factor != 0,
@@ -424,20 +580,35 @@ class _TrainingGuard(TrainerCallback):
                 control.should_training_stop |= counter >= callback.early_stopping_patience
 
     def on_step_end(self, args, state, control, model: Module | None = None, **kwargs: Any):
+        trainer = self.trainer
+        if not trainer.accelerator.optimizer_step_was_skipped:  # by a gradient scaler, which has seen the overflow
+            # Clipping turns a gradient whose norm overflows into zero, and nothing else would tell.
+            trainer._gradient_is_finite = trainer._gradient_is_finite & torch.as_tensor(trainer._grad_norm).isfinite()
         # The stock callback, which comes first, has set these.
         if control.should_log or control.should_evaluate or control.should_save or control.should_training_stop:
-            self._check(state, model)
+            self._check(args, state, model)
 
     def on_epoch_end(self, args, state, control, model: Module | None = None, **kwargs: Any):
-        self._check(state, model)
+        if self.trainer._loss_is_finite is None:
+            raise ValueError("The train dataset gave no rows: not a step was made.")
+        self._check(args, state, model)
 
-    def _check(self, state, model: Module) -> None:
-        loss_is_finite = self.trainer._loss_is_finite
-        if loss_is_finite is None:  # not a step was made
-            return
+    def _check(self, args, state, model: Module) -> None:
+        trainer = self.trainer
         weights = get_total_norm([p.detach() for p in model.parameters()])  # finite only if every weight is
-        if not (loss_is_finite & weights.isfinite()):  # one wait for the GPU
-            what = "a weight" if loss_is_finite else "the loss"
+        if hasattr(weights, "full_tensor"):  # a sharded one's
+            weights = weights.full_tensor()
+        finite = torch.stack(
+            [
+                torch.as_tensor(flag, device=weights.device).float()
+                for flag in (trainer._loss_is_finite, trainer._gradient_is_finite, weights.isfinite())
+            ]
+        )
+        if args.world_size > 1:  # so that all ranks stop, and say the same
+            torch.distributed.all_reduce(finite, op=torch.distributed.ReduceOp.MIN)
+        finite = finite.tolist()  # one wait for the GPU
+        if not all(finite):
+            what = ("the loss", "the gradient", "a weight")[finite.index(0)]
             raise FloatingPointError(
                 f"Training stopped at step {state.global_step}: {what} is not finite (NaN or infinite). Lower "
                 "`learning_rate`, keep `max_grad_norm` on, or look for a broken batch. No such weights were saved: go "
