@@ -5,6 +5,7 @@ BERT with an exit after each layer (Zhu et al., 2021). Start reading at `GamlBer
 from dataclasses import dataclass
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import BertModel, BertPreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask
@@ -94,9 +95,17 @@ class GamlBertForSequenceClassification(BertPreTrainedModel):
 
         Raises:
             ValueError: the checkpoint lacks a layer, or a GAML-BERT checkpoint lacks anything that the config names.
-                It would answer at random.
+                It would answer at random. Or its weights cannot be read.
         """
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
+        except SafetensorError as problem:
+            raise ValueError(
+                f"The weights of `{pretrained_model_name_or_path}` cannot be read: {problem}. Was the file saved, or "
+                "downloaded, to its end?"
+            ) from problem
         missing = sorted(info["missing_keys"])
         # A checkpoint with any exit is a GAML-BERT, also where a `config` was given that does not say so.
         is_gaml = cls.__name__ in (model.config.architectures or [])
