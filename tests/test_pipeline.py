@@ -564,6 +564,42 @@ def test_truncated_is_told_to_the_token(classifier):
     }
 
 
+LENGTHS = [
+    (30, 400),
+    (400, 30),
+    (200, 200),
+    (199, 200),
+    (200, 199),
+    (500, 501),
+    (501, 500),
+    (64, 900),
+    (70, 71),
+    (1, 900),
+]
+
+
+@mark.parametrize("max_length", [5, 6, 63, 64])
+def test_a_long_pair_is_cut_as_the_tokenizer_cuts_it(classifier, tokenizer, max_length):
+    """Words of one token and of many, and none that ends where the text is cut before."""
+    words = random.Random(0).choices([*WORDS, "dulls", "goodlyest", "x" * 120, "a.b,c!", "[SEP]", "e\u0301"], k=901)
+    for first, second in LENGTHS:
+        row = {"text": " ".join(words[:first]), "text_pair": " ".join(words[::-1][:second])}
+        encoding = classifier.preprocess(row, max_length=max_length)
+        expected = tokenizer(
+            **row, truncation=True, max_length=max_length, split_special_tokens=True, return_tensors="pt"
+        )
+        for name in ("input_ids", "token_type_ids", "attention_mask"):
+            assert encoding[name].equal(expected[name]), (first, second)
+        assert encoding["about"]["truncated"]
+
+
+def test_the_memory_of_a_long_pair(classifier):
+    """The tokenizer alone would make 10^10 pieces of these, one after the other."""
+    row = {"text": "good " * 100_000, "text_pair": "bad " * 100_000}
+    assert classifier(row, max_length=5)["truncated"]
+    assert classifier([row, "fine"], batch_size=2)[0]["truncated"]
+
+
 @mark.parametrize(("tokenizer_limit", "limit"), [(10**30, 64), (20, 20)])
 def test_the_longest_input_is_the_tokenizers_or_the_models(model, tokenizer, tokenizer_limit, limit):
     tokenizer.model_max_length = tokenizer_limit

@@ -173,7 +173,8 @@ class GamlTextClassificationPipeline(TextClassificationPipeline):
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1)
                 meant = f"Did you mean `{near[0]}`?" if near else f"The arguments are {', '.join(known)}."
-                raise ValueError(f"`{key}` is not an argument of this pipeline. {meant}")
+                name = key if len(key) < 50 else f"{key[:50]}..."
+                raise ValueError(f"`{name}` is not an argument of this pipeline. {meant}")
 
     def _check_tokenizer_arguments(self, kwargs: dict[str, Any]) -> None:
         for name, value in kwargs.items():
@@ -246,10 +247,10 @@ class GamlTextClassificationPipeline(TextClassificationPipeline):
 
     def _tokenize(self, texts, padding=False, truncation=True, max_length=None, split_special_tokens=True):
         """Tokens of one row, and whether its text was cut. Threads take turns."""
+        max_length = max_length or self.max_length
         arguments = {
-            **texts,
             "padding": padding,
-            "max_length": max_length or self.max_length,
+            "max_length": max_length,
             "split_special_tokens": split_special_tokens,
             "return_attention_mask": True,
             "return_tensors": "pt",
@@ -257,6 +258,9 @@ class GamlTextClassificationPipeline(TextClassificationPipeline):
         }
         with _tokenizer_lock:
             try:
+                if "text_pair" in texts and truncation in (True, "longest_first") and self.tokenizer.is_fast:
+                    texts = self._near_texts(texts, max_length, split_special_tokens)
+                arguments |= texts
                 encoding = self.tokenizer(**arguments, truncation=truncation)
             except Exception as problem:  # the tokenizers library raises no narrower class
                 raise ValueError(f"the tokenizer cannot encode the text: {problem}") from problem
@@ -264,6 +268,26 @@ class GamlTextClassificationPipeline(TextClassificationPipeline):
                 return encoding, bool(encoding.encodings[0].overflowing)
             whole = self.tokenizer(**arguments | {"padding": False}, truncation=False)
             return encoding, whole["input_ids"].shape[1] > int(encoding["attention_mask"].sum())
+
+    def _near_texts(self, texts: dict[str, str], max_length: int, split_special_tokens: bool) -> dict[str, str]:
+        """
+        A pair without words that lie beyond the longest input in any case.
+
+        A fast tokenizer keeps what it cuts off, in pieces, and for a pair every piece of one text beside every piece
+        of the other: two texts of some ten thousand words would take all the memory there is.
+        """
+        if sum(map(len, texts.values())) <= 8 * max_length:
+            return texts
+        arguments = {"add_special_tokens": False, "split_special_tokens": split_special_tokens, "verbose": False}
+        encodings = {name: self.tokenizer(text, **arguments).encodings[0] for name, text in texts.items()}
+        # Which text is the longer decides to which an odd token falls. A word is of at most 100 characters, or [UNK].
+        longer = max(encodings, key=lambda name: (len(encodings[name].ids), name == "text_pair"))
+        near = {}
+        for name, encoding in encodings.items():
+            words, start = encoding.word_ids, max_length + 100 * (name == longer)
+            end = next((i for i in range(start, len(words)) if words[i] != words[i - 1]), None)
+            near[name] = texts[name] if end is None else texts[name][: encoding.offsets[end][0]]
+        return near
 
     def _forward(self, model_inputs, exit_policy=None) -> dict[str, Any]:
         if self.model.training:
