@@ -136,6 +136,13 @@ def test_json_round_trip(values, tmp_path):
         ({"problem_type": "regression"}, "Got `problem_type='regression'`"),
         ({"problem_type": "multi_label_classification"}, "Exits need one class per text"),
         ({"id2label": {0: "yes", 1: "yes"}}, "`id2label` must name each class differently. Got {0: 'yes', 1: 'yes'}"),
+        (
+            {"id2label": {0: "yes", 1: "no", 5: "maybe"}},
+            "`id2label` must name the classes 0 to 2 (`num_labels` is 3), each with a `str`. Got {0: 'yes', 1:",
+        ),
+        ({"id2label": {0: "yes", 1: None}}, "`id2label` must name the classes 0 to 1"),
+        ({"id2label": ["yes", "no"]}, "`id2label` must be a dict from class numbers to names"),
+        ({"id2label": {"yes": 0, "no": 1}}, "Got {'yes': 0, 'no': 1}"),
         ({"is_decoder": True}, "GAML-BERT is an encoder"),
         # a name nobody knows, but nearly one of ours
         ({"patiense": 2}, "`patiense` is not a field of GamlBertConfig. Did you mean `patience`?"),

@@ -490,6 +490,33 @@ def test_missing_weights_are_an_error(drop, explicit_config, make, tmp_path):
     )
 
 
+@mark.parametrize("size", [0, 4, 5000], ids=["empty", "no header", "cut"])
+def test_weights_that_end_too_soon(size, make, tmp_path):
+    make().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:size])
+    with raises(ValueError, match=re.escape(f"The weights of `{tmp_path}` cannot be read: ") + ".* to its end?"):
+        GamlBertForSequenceClassification.from_pretrained(tmp_path)
+
+
+@mark.parametrize("key", ["foo.bar", "exit_classifiers.9.weight", "bert.encoder.layer.4.output.dense.weight"])
+def test_more_weights_than_the_model_has_are_told_and_change_nothing(key, make, batch, tmp_path):
+    model = make()
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file(weights | {key: torch.ones(3, 32)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded, info = GamlBertForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert info["unexpected_keys"] == {key}
+    assert loaded(**batch).logits.equal(model(**batch).logits)
+
+
+def test_weights_of_another_size_are_an_error(make, tmp_path):
+    make().save_pretrained(tmp_path)
+    for changes in ({"num_labels": 5}, {"hidden_size": 64}, {"vocab_size": 99}):
+        with raises(RuntimeError, match="ignore_mismatched_sizes"):  # upstream's
+            GamlBertForSequenceClassification.from_pretrained(tmp_path, **changes)
+
+
 def test_more_than_the_checkpoint_holds_is_an_error(make, bert_kwargs, tmp_path):
     make(exit_layers=[2, 4]).save_pretrained(tmp_path / "gaml")
     for wrong in ({"exit_layers": [1, 2, 4]}, {"exit_pooler": "shared"}, {"exit_pooler": "per_exit"}):

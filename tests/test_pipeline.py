@@ -5,7 +5,6 @@ import multiprocessing
 import pickle
 import random
 import re
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -285,6 +284,12 @@ EXIT_ERRORS = [
     ({"exit_strategy": "fastest"}, "`exit_strategy` must be one of ['budgeted', 'entropy', 'max_prob'"),
     ({"exit_policy": Patience}, "`exit_policy` must be an object such as `Patience(2)`"),
     ({"exit_policy": "patience"}, "Got 'patience' (str)"),
+    ({"exit_policy": lambda exit_logits: exit_logits[:, -1, 0] > 0}, "`exit_policy` must be an object such as"),
+    ({"exit_strategy": np.array(["entropy", "none"])}, "Got `exit_strategy=array(['entro"),
+    ({"exit_strategy": [], "patience": 2}, "`exit_strategy` must be one of ['budgeted', 'entropy', 'max_prob'"),
+    ({"patience": -(10**5000)}, "Got `patience=a number too long to show`"),
+    ({"budgeted_exit": 10**5000}, "Got `budgeted_exit=a number too long to show`"),
+    ({"exit_strategy": "entropy", "exit_threshold": 10**5000}, "Got `exit_threshold=a number too long to show`"),
     ({"exit_policy": Patience(1), "patience": 2}, "`exit_policy` takes the place of `patience`"),
 ]
 
@@ -327,6 +332,16 @@ ARGUMENT_ERRORS = [
     ({"max_length": 4}, "`max_length` must be a whole number between 5 and 64"),
     ({"max_length": 65}, "Got `max_length=65`"),
     ({"max_length": 9.0}, "Got `max_length=9.0`"),
+    ({"top_k": ""}, "Got `top_k=''`"),
+    ({"top_k": 2.0}, "Got `top_k=2.0`"),
+    ({"top_k": -(10**5000)}, "Got `top_k=a number too long to show`"),  # of which Python makes no string
+    ({"max_length": 10**5000}, "Got `max_length=a number too long to show`"),
+    ({"batch_size": 0}, "`batch_size` must be a whole number of at least 1. Got `batch_size=0`"),
+    ({"batch_size": "2"}, "Got `batch_size='2'`"),
+    ({"batch_size": 2.5}, "Got `batch_size=2.5`"),
+    ({"batch_size": True}, "Got `batch_size=True`"),
+    ({"num_workers": -1}, "`num_workers` must be a whole number of at least 0. Got `num_workers=-1`"),
+    ({"num_workers": "1"}, "Got `num_workers='1'`"),
 ]
 
 
@@ -350,6 +365,31 @@ def test_a_tokenizer_without_its_files(model):
 def test_a_tokenizer_with_more_tokens_than_the_model(model, tokenizer):
     tokenizer.add_tokens(["zzz"])
     with raises(ValueError, match=r"the model knows 63 tokens \(`vocab_size`\). Got one with 64"):
+        GamlTextClassificationPipeline(model=model, tokenizer=tokenizer)
+
+
+def test_a_tokenizer_that_learns_a_token_later(classifier):
+    """The model's own check would cost the batch, naming a row of the batch, and on a GPU the process."""
+    classifier.tokenizer.add_tokens(["zzz"])
+    with raises(
+        ValueError, match=r"`inputs\[1\]`: the tokenizer made `input_ids` up to 63, and the model knows 0 to 62"
+    ):
+        classifier(["good", "a zzz film", "fine"])
+    answers = classifier(["good", "a zzz film", "fine"], on_error="skip", batch_size=3)
+    assert "Is it the tokenizer that the model was trained with?" in answers[1]["error"]
+    assert [answers[0]["score"], answers[2]["score"]] == scores(classifier(["good", "fine"]))
+
+
+def test_pairs_for_a_model_with_one_segment(bert_kwargs, tokenizer):
+    model = GamlBertForSequenceClassification(GamlBertConfig(**bert_kwargs, type_vocab_size=1)).eval()
+    answers = GamlTextClassificationPipeline(model=model, tokenizer=tokenizer)([PAIR, "fine"], on_error="skip")
+    assert "made `token_type_ids` up to 1, and the model knows 0 to 0 (`type_vocab_size`)" in answers[0]["error"]
+    assert answers[1]["label"] is not None
+
+
+def test_a_tokenizer_that_allows_no_text(model, tokenizer):
+    tokenizer.model_max_length = 4
+    with raises(ValueError, match="must allow at least 5 tokens.*Got `model_max_length=4`"):
         GamlTextClassificationPipeline(model=model, tokenizer=tokenizer)
 
 
@@ -408,6 +448,10 @@ BAD_ROWS = [
     (("good", "bad"), TypeError, "Got ('good', 'bad') (tuple)"),
     (["good", "bad"], TypeError, "Got ['good', 'bad'] (list)"),
     (np.array(["good"]), TypeError, "(ndarray)"),
+    ({"text": 10**5000}, TypeError, "`text` must be a `str`. Got a number too long to show (int)"),
+    ({"role": "user", "content": "good"}, ValueError, "Got the keys ['role', 'content']"),  # upstream: a chat
+    ([{"role": "user", "content": "good"}], TypeError, "(list)"),
+    ({"x" * 1_000_000: "good"}, ValueError, "Got the keys ['xxxxxxxxxxxx...xxxxxxxxxxxxx']"),
     (
         {"sentence": "good"},
         ValueError,
@@ -457,7 +501,29 @@ def test_a_skipped_row_keeps_the_shape_of_the_answers(classifier):
         assert answers[0][0]["error"].startswith("`inputs[0]`: ")
 
 
-@mark.parametrize("inputs", [None, 7, b"good", {"good", "bad"}, HubDataset.from_dict({"text": ["good"]})], ids=type)
+def test_messages_of_a_chat_are_rows_like_any_other(classifier):
+    """The stock pipeline makes one chat of them, and one answer or none."""
+    message = {"role": "user", "content": "good"}
+    rows = [message, "good", [message]]
+    sources = (rows, (row for row in rows), KeyDataset([{"row": row} for row in rows], "row"))
+    for inputs in sources:
+        answers = list(classifier(inputs, on_error="skip"))
+        assert ["error" in answer for answer in answers] == [True, False, True]
+
+
+@mark.parametrize(
+    "inputs",
+    [
+        None,
+        7,
+        b"good",
+        bytearray(b"good"),
+        memoryview(b"good"),
+        {"good", "bad"},
+        HubDataset.from_dict({"text": ["good"]}),
+    ],
+    ids=type,
+)
 @mark.parametrize("on_error", ["raise", "skip"])
 def test_inputs_that_are_no_rows(classifier, inputs, on_error):
     with raises(TypeError) as error:
@@ -498,6 +564,42 @@ def test_truncated_is_told_to_the_token(classifier):
     }
 
 
+LENGTHS = [
+    (30, 400),
+    (400, 30),
+    (200, 200),
+    (199, 200),
+    (200, 199),
+    (500, 501),
+    (501, 500),
+    (64, 900),
+    (70, 71),
+    (1, 900),
+]
+
+
+@mark.parametrize("max_length", [5, 6, 63, 64])
+def test_a_long_pair_is_cut_as_the_tokenizer_cuts_it(classifier, tokenizer, max_length):
+    """Words of one token and of many, and none that ends where the text is cut before."""
+    words = random.Random(0).choices([*WORDS, "dulls", "goodlyest", "x" * 120, "a.b,c!", "[SEP]", "e\u0301"], k=901)
+    for first, second in LENGTHS:
+        row = {"text": " ".join(words[:first]), "text_pair": " ".join(words[::-1][:second])}
+        encoding = classifier.preprocess(row, max_length=max_length)
+        expected = tokenizer(
+            **row, truncation=True, max_length=max_length, split_special_tokens=True, return_tensors="pt"
+        )
+        for name in ("input_ids", "token_type_ids", "attention_mask"):
+            assert encoding[name].equal(expected[name]), (first, second)
+        assert encoding["about"]["truncated"]
+
+
+def test_the_memory_of_a_long_pair(classifier):
+    """The tokenizer alone would make 10^10 pieces of these, one after the other."""
+    row = {"text": "good " * 100_000, "text_pair": "bad " * 100_000}
+    assert classifier(row, max_length=5)["truncated"]
+    assert classifier([row, "fine"], batch_size=2)[0]["truncated"]
+
+
 @mark.parametrize(("tokenizer_limit", "limit"), [(10**30, 64), (20, 20)])
 def test_the_longest_input_is_the_tokenizers_or_the_models(model, tokenizer, tokenizer_limit, limit):
     tokenizer.model_max_length = tokenizer_limit
@@ -527,6 +629,40 @@ def test_control_tokens_in_a_text_are_text(classifier):
     assert without_exits(classifier(text, split_special_tokens=False)) == stock(text)
 
 
+@mark.parametrize("token", ["[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]", "[SEP] [PAD] [PAD]"])
+def test_a_control_token_changes_no_mask_and_no_segment(classifier, token):
+    """The same tokens as for a word in brackets that the vocabulary does not hold."""
+    rows = [f"good {token} film", {"text": f"{token} good", "text_pair": f"dull {token}"}]
+    plain = [
+        {"text": row} if isinstance(row, str) else row
+        for row in (
+            rows[0].replace(token, token.lower().replace("]", "q]")),
+            {key: text.replace(token, token.lower().replace("]", "q]")) for key, text in rows[1].items()},
+        )
+    ]
+    for row, same in zip(rows, plain, strict=True):
+        encoding, expected = classifier.preprocess(row), classifier.preprocess(same)
+        for name in ("input_ids", "token_type_ids", "attention_mask"):
+            assert encoding[name].equal(expected[name])
+        assert encoding["attention_mask"].all()
+    assert classifier(rows, batch_size=2) == classifier(plain, batch_size=2)
+
+
+@mark.parametrize(
+    "text", ["a" * 100_000, "a\u0300" * 50_000, "good\n" * 20_000, "\U0010ffff" * 1000, "\u202e\ufeffgood"]
+)
+def test_odd_and_huge_texts_have_an_answer(classifier, text):
+    (answer,) = classifier(text)
+    assert 0 < answer["score"] <= 1
+    assert answer["truncated"] == (len(classifier.tokenizer(text, verbose=False)["input_ids"]) > 64)
+
+
+def test_strings_of_numpy(classifier):
+    expected = classifier(["good", "a dull film"])
+    assert classifier([np.str_("good"), np.str_("a dull film")]) == expected
+    assert classifier(np.str_("good")) == classifier(np.array("good")) == classifier("good")
+
+
 def test_a_slow_tokenizer_tells_truncation_too(model, tokenizer, tmp_path):
     words = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
     (tmp_path / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
@@ -538,26 +674,6 @@ def test_a_slow_tokenizer_tells_truncation_too(model, tokenizer, tmp_path):
 
 
 # Sharing and loading
-
-
-def test_threads_share_one_pipeline(classifier):
-    settings = [
-        {"max_length": 5},
-        {"max_length": 12, "patience": 1},
-        {"padding": "max_length", "max_length": 40},
-        {"exit_strategy": "entropy", "exit_threshold": 0.3},
-        {"split_special_tokens": False, "top_k": None},
-        {"budgeted_exit": 2, "truncation": "longest_first"},
-    ]
-    text = "good [SEP] film " * 7
-    expected = [classifier(text, **setting) for setting in settings]
-
-    def wrong(seed):
-        turns = random.Random(seed).choices(range(len(settings)), k=40)
-        return sum(classifier(text, **settings[turn]) != expected[turn] for turn in turns)
-
-    with ThreadPoolExecutor(8) as threads:
-        assert list(threads.map(wrong, range(8))) == [0] * 8
 
 
 def test_a_worker_does_not_inherit_a_lock_that_a_thread_holds(classifier):

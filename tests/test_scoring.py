@@ -135,6 +135,40 @@ def test_a_bad_row_costs_that_row_alone(classifier):
             assert prediction["exit_layer"] == answers[number]["exit_layer"]
 
 
+def test_what_is_no_row_at_all_costs_itself_alone(classifier):
+    rows = ["good", {"text": "good"}, None, {"other": "good"}, 7, ["good"], {"text": "bad"}]
+    for window in (1, 3, 10):
+        if window == 1:  # else the first window would have no columns to look at
+            rows[0] = {"text": "fine"}
+        predictions = list(score_rows(rows, classifier, window=window))
+        assert [prediction["row"] for prediction in predictions] == list(range(7))
+        assert [prediction["label"] is None for prediction in predictions][1:] == [
+            False,
+            True,
+            True,
+            True,
+            True,
+            False,
+        ]
+        assert predictions[2]["error"] == "a row must be a dict of columns. Got None."
+        assert predictions[3]["error"] == "`text` must be a `str`. Got None (NoneType)."
+        rows[0] = "good"
+    with raises(ValueError, match="^Row 0: a row must be a dict of columns. Got 'good'."):
+        list(score_rows(rows, classifier, on_error="raise"))
+
+
+@mark.parametrize("rows", [None, 5, "good", b"good", {"text": "good"}], ids=repr)
+def test_rows_that_are_no_rows(classifier, rows):
+    with raises(TypeError, match="`rows` must be a dataset, or an iterable of dicts, one for each row. Got "):
+        score_rows(rows, classifier)
+
+
+@mark.parametrize("text_columns", [None, [], [None], ["a", "b", "c"], "text", 7, {"text"}], ids=repr)
+def test_text_columns_that_are_none(classifier, text_columns):
+    with raises(ValueError, match="`text_columns` must be a list of one or two columns. Got "):
+        score_rows([{"text": "good"}], classifier, text_columns=text_columns)
+
+
 def test_raise_names_the_row_of_the_file(classifier):
     predictions = score_rows(with_bad_rows()[3:], classifier, window=2, on_error="raise")
     with raises(ValueError, match=r"^Row 2: `text` must hold more than blanks"):
@@ -186,6 +220,16 @@ def test_files_in_and_out(load, classifier, tmp_path, source, target):
     answers = one_by_one(classifier, [texts[i] for i in good], **PATIENCE)
     for i, answer in zip(good, answers, strict=True):
         assert predictions[i] == {"row": i, **answer, "score": approx(answer["score"], abs=1e-5), "error": None}
+
+
+@mark.parametrize("num_proc", [1, 2])
+def test_a_text_of_a_csv_file_is_what_stands_there(load, classifier, tmp_path, num_proc):
+    """Read as numbers, every title of a year would be a bad row, and "007" another text."""
+    texts = ["2012", "007", "1e5", "True", "-", "NA"]
+    (tmp_path / "in.csv").write_text("\n".join(["text", *texts]))
+    counts = score_file(tmp_path / "in.csv", tmp_path / "out.jsonl", load, progress=False, num_proc=num_proc)
+    assert counts == {"rows": 6, "skipped": 0}
+    assert_answers(read(tmp_path / "out.jsonl"), one_by_one(classifier, texts))
 
 
 def test_several_processes_give_the_same_predictions(load, tmp_path, capfd):
@@ -291,10 +335,49 @@ def test_errors_of_the_command_line(folder, tmp_path, monkeypatch, capsys, more,
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["in.csv"]
 
 
-def test_a_file_that_cannot_be_read(load, tmp_path):
-    (tmp_path / "in.parquet").write_text("no parquet")
-    with raises(ValueError, match="`source` could not be read"):
-        score_file(tmp_path / "in.parquet", tmp_path / "out.csv", load, progress=False)
+@mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("in.parquet", b"no parquet", "`source` could not be read"),
+        (
+            "in.csv",
+            "text\ncafé".encode("latin-1"),
+            "could not be read, .*in.csv: 'utf-8' codec can't decode byte 0xe9",
+        ),
+        ("in.csv", b"id,text\n1,good\n2,bad,more,x\n", "could not be read, .*Expected 2 fields in line 3, saw 4"),
+        ("in.csv", b'id,text\n1,"good\n2,bad\n', "could not be read, .*EOF inside string starting at row 1"),
+        ("in.jsonl", b'{"text": "good"}\n{"text": \n', "`source` could not be read"),
+        ("in.json", bytes(range(256)), "`source` could not be read"),
+        ("in.csv", b"", "`source` must hold rows. Got .*in.csv`, which is empty"),
+        ("in.jsonl", b"", "`source` must hold rows"),
+    ],
+    ids=str,
+)
+@mark.parametrize("num_proc", [1, 2])
+def test_a_file_that_cannot_be_read(load, tmp_path, name, content, message, num_proc):
+    (tmp_path / name).write_bytes(content)
+    with raises(ValueError, match=message):
+        score_file(tmp_path / name, tmp_path / "out.csv", load, num_proc=num_proc, progress=False)
+    assert not (tmp_path / "out.csv").exists()
+
+
+def test_a_target_that_cannot_be_written_is_told_before_the_first_row(tmp_path):
+    def load():
+        raise AssertionError("the model was loaded")
+
+    source = write(tmp_path / "in.csv", TEXTS)
+    (tmp_path / "folder.csv").mkdir()
+    for target in (tmp_path / "none" / "out.csv", tmp_path / "folder.csv"):
+        with raises(ValueError, match="`target` must be a file in a folder that is there. Got "):
+            score_file(source, target, load)
+    with raises(ValueError, match="`target` must not be `source`, whose rows it would replace"):
+        score_file(str(source), tmp_path / "folder.csv" / ".." / "in.csv", load)
+    for arguments in ((None, "out.csv"), (source, 7)):
+        with raises(TypeError, match="must be the path of a file. Got "):
+            score_file(*arguments, load)
+
+
+def test_a_stream_is_not_for_several_processes(load, tmp_path):
     stream = Dataset.from_dict({"text": TEXTS}).to_iterable_dataset()
     with raises(ValueError, match="needs a file or a `datasets.Dataset`"):
         score_file(stream, tmp_path / "out.csv", load, num_proc=2, progress=False)

@@ -79,6 +79,8 @@ class GamlBertConfig(BertConfig):
 
     def __post_init__(self, **kwargs):
         refuse_misspelt(kwargs, self)
+        if self.id2label is not None:
+            _check_class_numbers(self.id2label)
         if self.exit_layers is None:
             self.exit_layers = list(range(1, self.num_hidden_layers + 1))
         # A repository is used through these names, whether this package wrote it or a copy loaded from a Hub.
@@ -189,9 +191,14 @@ class GamlBertConfig(BertConfig):
                 "`num_labels` must be at least 2: with one label every exit is certain of it, and regression (STS-B) "
                 f"is outside the paper. Got `num_labels={self.num_labels}`."
             )
-        names = list((self.id2label or {}).values())
+        names = list(self.id2label.values())
         if len(set(names)) != len(names):
             raise ValueError(f"`id2label` must name each class differently. Got {self.id2label}.")
+        if sorted(self.id2label) != list(range(self.num_labels)) or not all(isinstance(name, str) for name in names):
+            raise ValueError(
+                f"`id2label` must name the classes 0 to {self.num_labels - 1} (`num_labels` is {self.num_labels}), "
+                f"each with a `str`. Got {self.id2label}."
+            )
         if self.is_decoder or self.add_cross_attention:
             raise ValueError("GAML-BERT is an encoder: `is_decoder` and `add_cross_attention` must be False.")
 
@@ -207,6 +214,16 @@ def refuse_misspelt(kwargs: dict[str, Any], config: Any) -> None:
     for key in kwargs:
         if key not in own and (match := difflib.get_close_matches(key, own, n=1, cutoff=0.8)):
             raise ValueError(f"`{key}` is not a field of GamlBertConfig. Did you mean `{match[0]}`?")
+
+
+def _check_class_numbers(id2label: Any) -> None:
+    """Before the parent makes numbers of the keys: in JSON they are strings."""
+    try:
+        _ = {int(number): name for number, name in id2label.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise ValueError(
+            f'`id2label` must be a dict from class numbers to names, {{0: "no", 1: "yes"}}. Got {id2label}.'
+        ) from None
 
 
 __all__ = ["GamlBertConfig"]

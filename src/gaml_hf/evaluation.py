@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import EvalPrediction, PreTrainedModel
 from transformers.utils import logging
 
-from .exiting_gaml import EXIT_POLICIES, ExitPolicy, FullDepth, normalized_entropy, policy_from_config
+from .exiting_gaml import ExitPolicy, FullDepth, normalized_entropy, policy_class, policy_from_config
 
 
 logger = logging.get_logger(__name__)
@@ -483,11 +483,7 @@ def _pad(rows: Sequence[Mapping[str, Any]], pad_token_id: int | None, device: to
 
 
 def _policy_fields(exit_strategy: str, parameter: int | float | None) -> dict[str, Any]:
-    if exit_strategy not in EXIT_POLICIES:
-        raise ValueError(
-            f"`exit_strategy` must be one of {sorted(EXIT_POLICIES)}. Got `exit_strategy={exit_strategy!r}`."
-        )
-    name = EXIT_POLICIES[exit_strategy].parameter
+    name = policy_class(exit_strategy).parameter
     return {"exit_strategy": exit_strategy} | ({} if name is None else {name: parameter})
 
 

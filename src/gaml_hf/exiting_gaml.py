@@ -9,6 +9,7 @@ A new strategy is one class with a `name`, the decorator `@register`, and its te
 """
 
 import math
+import reprlib
 from typing import Any, ClassVar
 
 import torch
@@ -126,7 +127,7 @@ class Budgeted(ExitPolicy):
         if type(config.budgeted_exit) is not int or config.budgeted_exit not in config.exit_layers:
             raise ValueError(
                 f"`budgeted_exit` must be one of the exits of this model, {list(config.exit_layers)} (the first layer "
-                f'is 1), when `exit_strategy="budgeted"`. Got `budgeted_exit={config.budgeted_exit!r}`.'
+                f'is 1), when `exit_strategy="budgeted"`. Got `budgeted_exit={shown(config.budgeted_exit)}`.'
             )
         return cls(config.exit_layers.index(config.budgeted_exit) + 1)
 
@@ -155,7 +156,7 @@ class Patience(ExitPolicy):
         if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
             raise ValueError(
                 "`patience` must be a whole number of at least 1: how many exits in a row must confirm the prediction "
-                f"of the one before. Got `patience={patience!r}`."
+                f"of the one before. Got `patience={shown(patience)}`."
             )
         self.patience = patience
 
@@ -185,9 +186,11 @@ class _Threshold(ExitPolicy):
 
     def __init__(self, exit_threshold: float):
         if isinstance(exit_threshold, bool) or not isinstance(exit_threshold, int | float):
-            raise ValueError(f"`exit_threshold` must be a number in [0, 1]. Got `exit_threshold={exit_threshold!r}`.")
+            raise ValueError(
+                f"`exit_threshold` must be a number in [0, 1]. Got `exit_threshold={shown(exit_threshold)}`."
+            )
         if not 0.0 <= exit_threshold <= 1.0:
-            raise ValueError(f"`exit_threshold` must lie in [0, 1]. Got `exit_threshold={exit_threshold!r}`.")
+            raise ValueError(f"`exit_threshold` must lie in [0, 1]. Got `exit_threshold={shown(exit_threshold)}`.")
         self.exit_threshold = float(exit_threshold)
 
     @classmethod
@@ -254,8 +257,26 @@ def policy_from_config(config: Any) -> ExitPolicy:
     Raises:
         ValueError: the strategy is unknown, or a field it reads is missing or out of range.
     """
-    if not isinstance(config.exit_strategy, str) or config.exit_strategy not in EXIT_POLICIES:
+    return policy_class(config.exit_strategy).from_config(config)
+
+
+def policy_class(exit_strategy: str) -> type[ExitPolicy]:
+    """
+    The class that an `exit_strategy` names.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if not isinstance(exit_strategy, str) or exit_strategy not in EXIT_POLICIES:
         raise ValueError(
-            f"`exit_strategy` must be one of {sorted(EXIT_POLICIES)}. Got `exit_strategy={config.exit_strategy!r}`."
+            f"`exit_strategy` must be one of {sorted(EXIT_POLICIES)}. Got `exit_strategy={shown(exit_strategy)}`."
         )
-    return EXIT_POLICIES[config.exit_strategy].from_config(config)
+    return EXIT_POLICIES[exit_strategy]
+
+
+def shown(value: Any) -> str:
+    """`value` as an error message shows it: like `repr`, but short."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # Python writes no number of more than 4,300 digits
+        return "a number too long to show"

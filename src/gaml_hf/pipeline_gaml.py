@@ -7,17 +7,17 @@ A row is checked in `checked_texts`, a setting in `_sanitize_parameters`; nothin
 import copy
 import difflib
 import os
-import reprlib
 import threading
 from collections.abc import Iterator, Sequence, Sized
+from dataclasses import dataclass
 from types import GeneratorType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 from transformers import TextClassificationPipeline
 
-from .exiting_gaml import EXIT_POLICIES, policy_from_config
+from .exiting_gaml import EXIT_POLICIES, policy_class, policy_from_config, shown
 
 
 EXIT_FIELDS = ("exit_strategy", "patience", "budgeted_exit", "exit_threshold")  # of the config
@@ -30,6 +30,8 @@ TOKENIZER_ARGUMENTS = {
     "max_length": None,
     "split_special_tokens": (True, False),
 }
+# Three special tokens and one of each text: with fewer, a tokenizer drops a text or cuts nothing at all.
+MIN_LENGTH = 5
 OTHER_ARGUMENTS = ("top_k", "function_to_apply", "on_error", "batch_size", "num_workers")
 
 # A fast tokenizer keeps the truncation and padding of the call in progress as its own state: two threads would get
@@ -103,6 +105,7 @@ class GamlTextClassificationPipeline(TextClassificationPipeline):
 
     def __init__(self, model, tokenizer=None, **kwargs):
         _check_tokenizer(tokenizer, model.config)
+        _check_counts(kwargs)
         self._exit_defaults = {}
         super().__init__(model=model, tokenizer=tokenizer, **kwargs)
         self._exit_defaults = {name: kwargs.get(name) for name in EXIT_FIELDS}
@@ -130,6 +133,7 @@ class GamlTextClassificationPipeline(TextClassificationPipeline):
             reads and answers as it is consumed for datasets, generators and iterators. With `top_k`, a list of
             answers, best first, takes the place of one answer, and of the list around the answer to a `str`.
         """
+        _check_counts(kwargs)
         return super().__call__(_as_rows(inputs), **kwargs)
 
     @property
@@ -139,23 +143,21 @@ class GamlTextClassificationPipeline(TextClassificationPipeline):
 
     # Settings
 
-    def _sanitize_parameters(self, function_to_apply=None, top_k="", on_error=None, **kwargs):
+    def _sanitize_parameters(self, function_to_apply=None, on_error=None, **kwargs):
         kwargs.pop("local_files_only", None)  # `pipeline` hands it on
         self._refuse_unknown(kwargs)
         exits = {name: kwargs.pop(name, None) for name in EXIT_ARGUMENTS}
+        top_k = {"top_k": kwargs.pop("top_k")} if "top_k" in kwargs else {}  # None is a value: all labels
+        if top_k and top_k["top_k"] is not None:
+            _check_count("top_k", top_k["top_k"], 1, ", or None for all labels")
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
         self._check_tokenizer_arguments(kwargs)
-        is_top_k_given = not (isinstance(top_k, str) and top_k == "")
-        if is_top_k_given and top_k is not None and (type(top_k) is not int or top_k < 1):
-            raise ValueError(
-                f"`top_k` must be a whole number of at least 1, or None for all labels. Got `top_k={top_k!r}`."
-            )
         if function_to_apply is not None:
             name = function_to_apply.lower() if isinstance(function_to_apply, str) else function_to_apply
             _check_choice("function_to_apply", name, ("default", "softmax", "sigmoid", "none"))
             function_to_apply = "softmax" if name == "default" else name
         preprocess_params, forward_params, postprocess_params = super()._sanitize_parameters(
-            function_to_apply=function_to_apply, top_k=top_k, **kwargs
+            function_to_apply=function_to_apply, **top_k, **kwargs
         )
         if on_error is not None:
             _check_choice("on_error", on_error, ("raise", "skip"))
@@ -171,18 +173,18 @@ class GamlTextClassificationPipeline(TextClassificationPipeline):
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1)
                 meant = f"Did you mean `{near[0]}`?" if near else f"The arguments are {', '.join(known)}."
-                raise ValueError(f"`{key}` is not an argument of this pipeline. {meant}")
+                name = key if len(key) < 50 else f"{key[:50]}..."
+                raise ValueError(f"`{name}` is not an argument of this pipeline. {meant}")
 
     def _check_tokenizer_arguments(self, kwargs: dict[str, Any]) -> None:
         for name, value in kwargs.items():
             if name != "max_length":
                 _check_choice(name, value, TOKENIZER_ARGUMENTS[name])
         max_length = kwargs.get("max_length")
-        # Below 5, three special tokens and one of each text, a tokenizer drops a text or cuts nothing at all.
-        if max_length is not None and (type(max_length) is not int or not 5 <= max_length <= self.max_length):
+        if max_length is not None and (type(max_length) is not int or not MIN_LENGTH <= max_length <= self.max_length):
             raise ValueError(
-                f"`max_length` must be a whole number between 5 and {self.max_length}, the longest input that this "
-                f"model and its tokenizer allow. Got `max_length={max_length!r}`."
+                f"`max_length` must be a whole number between {MIN_LENGTH} and {self.max_length}, the longest input "
+                f"that this model and its tokenizer allow. Got `max_length={shown(max_length)}`."
             )
 
     def _exit_policy(self, exit_policy, **changes):
@@ -191,7 +193,7 @@ class GamlTextClassificationPipeline(TextClassificationPipeline):
             given = [name for name, value in changes.items() if value is not None]
             if given:
                 raise ValueError(f"`exit_policy` takes the place of `{given[0]}`: give one of them. Got both.")
-            if isinstance(exit_policy, type) or not callable(exit_policy):
+            if isinstance(exit_policy, type) or not callable(exit_policy) or not hasattr(exit_policy, "may_exit"):
                 raise ValueError(
                     "`exit_policy` must be an object such as `Patience(2)`, which called with exit logits decides "
                     f"which rows leave. Got {_shown(exit_policy)}."
@@ -204,10 +206,6 @@ class GamlTextClassificationPipeline(TextClassificationPipeline):
         return policy_from_config(config)
 
     # One row
-
-    def get_iterator(self, inputs, *args, **kwargs):
-        inputs = _NumberedRows(inputs) if isinstance(inputs, Sized) else _NumberedStream(inputs)
-        return super().get_iterator(inputs, *args, **kwargs)
 
     def preprocess(self, inputs, on_error="raise", **tokenizer_kwargs) -> dict[str, Any]:
         """The model's inputs, and under `"about"` what `postprocess` needs to know of this row."""
@@ -226,8 +224,17 @@ class GamlTextClassificationPipeline(TextClassificationPipeline):
         return {**encoding, "about": {"row": name, "truncated": truncated, "error": error}}
 
     def _encode(self, texts: dict[str, str], **tokenizer_kwargs):
-        """Tokens of a checked row. A `ValueError` if there are too many of them, or none of its own."""
+        """Tokens of a checked row. A `ValueError` if there are too many, no own ones, or some the model has not."""
         encoding, truncated = self._tokenize(texts, **tokenizer_kwargs)
+        # Here and not in the model, where one such row would cost the batch, and on a GPU the process.
+        config = self.model.config
+        for name, size in (("input_ids", "vocab_size"), ("token_type_ids", "type_vocab_size")):
+            bound = getattr(config, size)
+            if name in encoding and (largest := int(encoding[name].max())) >= bound:
+                raise ValueError(
+                    f"the tokenizer made `{name}` up to {largest}, and the model knows 0 to {bound - 1} (`{size}`). "
+                    "Is it the tokenizer that the model was trained with?"
+                )
         length = int(encoding["attention_mask"].sum())
         if length > self.max_length:
             raise ValueError(
@@ -240,10 +247,10 @@ class GamlTextClassificationPipeline(TextClassificationPipeline):
 
     def _tokenize(self, texts, padding=False, truncation=True, max_length=None, split_special_tokens=True):
         """Tokens of one row, and whether its text was cut. Threads take turns."""
+        max_length = max_length or self.max_length
         arguments = {
-            **texts,
             "padding": padding,
-            "max_length": max_length or self.max_length,
+            "max_length": max_length,
             "split_special_tokens": split_special_tokens,
             "return_attention_mask": True,
             "return_tensors": "pt",
@@ -251,6 +258,9 @@ class GamlTextClassificationPipeline(TextClassificationPipeline):
         }
         with _tokenizer_lock:
             try:
+                if "text_pair" in texts and truncation in (True, "longest_first") and self.tokenizer.is_fast:
+                    texts = self._near_texts(texts, max_length, split_special_tokens)
+                arguments |= texts
                 encoding = self.tokenizer(**arguments, truncation=truncation)
             except Exception as problem:  # the tokenizers library raises no narrower class
                 raise ValueError(f"the tokenizer cannot encode the text: {problem}") from problem
@@ -258,6 +268,26 @@ class GamlTextClassificationPipeline(TextClassificationPipeline):
                 return encoding, bool(encoding.encodings[0].overflowing)
             whole = self.tokenizer(**arguments | {"padding": False}, truncation=False)
             return encoding, whole["input_ids"].shape[1] > int(encoding["attention_mask"].sum())
+
+    def _near_texts(self, texts: dict[str, str], max_length: int, split_special_tokens: bool) -> dict[str, str]:
+        """
+        A pair without words that lie beyond the longest input in any case.
+
+        A fast tokenizer keeps what it cuts off, in pieces, and for a pair every piece of one text beside every piece
+        of the other: two texts of some ten thousand words would take all the memory there is.
+        """
+        if sum(map(len, texts.values())) <= 8 * max_length:
+            return texts
+        arguments = {"add_special_tokens": False, "split_special_tokens": split_special_tokens, "verbose": False}
+        encodings = {name: self.tokenizer(text, **arguments).encodings[0] for name, text in texts.items()}
+        # Which text is the longer decides to which an odd token falls. A word is of at most 100 characters, or [UNK].
+        longer = max(encodings, key=lambda name: (len(encodings[name].ids), name == "text_pair"))
+        near = {}
+        for name, encoding in encodings.items():
+            words, start = encoding.word_ids, max_length + 100 * (name == longer)
+            end = next((i for i in range(start, len(words)) if words[i] != words[i - 1]), None)
+            near[name] = texts[name] if end is None else texts[name][: encoding.offsets[end][0]]
+        return near
 
     def _forward(self, model_inputs, exit_policy=None) -> dict[str, Any]:
         if self.model.training:
@@ -304,7 +334,9 @@ def checked_texts(row: Any) -> dict[str, str]:
     if not isinstance(row, dict):
         raise TypeError(f'a row must be a `str` or a dict {{"text": ..., "text_pair": ...}}. Got {_shown(row)}.')
     if "text" not in row or not row.keys() <= {"text", "text_pair"}:
-        raise ValueError(f"a dict must have the key `text` and, for a pair, `text_pair`. Got the keys {list(row)}.")
+        raise ValueError(
+            f"a dict must have the key `text` and, for a pair, `text_pair`. Got the keys {shown(list(row))}."
+        )
     for field, text in row.items():
         if not isinstance(text, str):
             raise TypeError(f"`{field}` must be a `str`. Got {_shown(text)}.")
@@ -321,35 +353,44 @@ def checked_texts(row: Any) -> dict[str, str]:
 
 
 def _as_rows(inputs: Any) -> Any:
-    """`inputs` in a form whose rows the stock pipeline reads one by one; it would take a tuple for a single row."""
+    """
+    `inputs` in a form whose rows the stock pipeline reads one by one, each with its number. Left as they are, it would
+    take a tuple for a single row, and look into the rows for the messages of a chat.
+    """
     if not isinstance(inputs, (str, dict, list, Dataset, GeneratorType)):
-        if hasattr(inputs, "tolist"):  # NumPy, pandas
+        if isinstance(inputs, (bytes, bytearray, memoryview)):
+            pass  # sequences of numbers, and no rows
+        elif hasattr(inputs, "tolist"):  # NumPy, pandas
             inputs = inputs.tolist()
-        elif isinstance(inputs, Sequence) and not isinstance(inputs, (bytes, bytearray, memoryview)):
+        elif isinstance(inputs, Sequence):
             inputs = list(inputs)
         elif isinstance(inputs, Iterator):
             inputs = (row for row in inputs)
     if isinstance(inputs, (str, dict)):
         return inputs
-    if not isinstance(inputs, (list, Dataset, GeneratorType)):
+    if isinstance(inputs, Dataset):
+        is_stream = isinstance(inputs, IterableDataset) or not isinstance(inputs, Sized)
+        return _NumberedStream(inputs) if is_stream else _NumberedRows(inputs)
+    if not isinstance(inputs, (list, GeneratorType)):
         raise TypeError(
             "`inputs` must be a `str`, a dict, a list or array of them, a PyTorch dataset of them (such as "
             f"`KeyDataset(dataset, column)`), or a generator. Got {_shown(inputs)}."
         )
-    if isinstance(inputs, Sized) and len(inputs) == 0:
-        return (row for row in ())  # the stock pipeline looks at `inputs[0]`, except in a generator
-    return inputs
+    rows = (_Row(number, value) for number, value in enumerate(inputs))
+    # As a list, unless it is empty: the stock pipeline looks at `inputs[0]`, except in a generator.
+    return list(rows) if isinstance(inputs, list) and inputs else rows
 
 
-class _Row(NamedTuple):
+@dataclass(frozen=True)
+class _Row:
     """A row and its place among the inputs."""
 
     number: int
     value: Any
 
 
-class _NumberedRows:
-    """Any sized collection, for a DataLoader, with its rows numbered."""
+class _NumberedRows(Dataset):
+    """A dataset with its rows numbered."""
 
     def __init__(self, rows):
         self.rows = rows
@@ -361,8 +402,8 @@ class _NumberedRows:
         return _Row(number, self.rows[number])
 
 
-class _NumberedStream:
-    """Any iterable, with its rows numbered as they come. A class: one that can be read again stays so."""
+class _NumberedStream(IterableDataset):
+    """A dataset without places, with its rows numbered as they come; it can be read again where the dataset can."""
 
     def __init__(self, rows):
         self.rows = rows
@@ -385,6 +426,7 @@ def _changed_exits(fields: dict[str, Any], changes: dict[str, Any]) -> dict[str,
         if name in changes and name != "exit_strategy"
     }
     strategy = changes.get("exit_strategy", fields["exit_strategy"])
+    policy_class(strategy)
     if "exit_strategy" not in changes:
         implied = [names[0] for names in readers.values() if strategy not in names and len(names) == 1]
         strategy = implied[0] if implied else strategy
@@ -393,7 +435,7 @@ def _changed_exits(fields: dict[str, Any], changes: dict[str, Any]) -> dict[str,
             choices = " or ".join(f'`exit_strategy="{reader}"`' for reader in names)
             raise ValueError(
                 f"`{name}` is read with {choices} alone; name the strategy you want. Got "
-                f"`{name}={changes[name]!r}` with `exit_strategy={strategy!r}`."
+                f"`{name}={shown(changes[name])}` with `exit_strategy={strategy!r}`."
             )
     inherited = fields if strategy == fields["exit_strategy"] else {**fields, "exit_threshold": None}
     return {**inherited, **changes, "exit_strategy": strategy}
@@ -410,6 +452,11 @@ def _check_tokenizer(tokenizer: Any, config: Any) -> None:
             f"`tokenizer` must be the one the model was trained with: the model knows {config.vocab_size} tokens "
             f"(`vocab_size`). Got one with {size}; are the tokenizer's files in the model's folder?"
         )
+    if tokenizer.model_max_length < MIN_LENGTH:
+        raise ValueError(
+            f"`tokenizer` must allow at least {MIN_LENGTH} tokens: three special ones and one of each text. Got "
+            f"`model_max_length={tokenizer.model_max_length}`."
+        )
     if tokenizer.padding_side != "right":
         raise ValueError(
             '`tokenizer` must pad on the right (`padding_side="right"`): an exit reads [CLS] at the first position. '
@@ -420,11 +467,25 @@ def _check_tokenizer(tokenizer: Any, config: Any) -> None:
 def _check_choice(name: str, value: Any, choices: tuple) -> None:
     # By type too, for 1 == True.
     if not any(isinstance(value, type(choice)) and value == choice for choice in choices):
-        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}. Got `{name}={value!r}`.")
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}. Got `{name}={shown(value)}`.")
+
+
+def _check_count(name: str, value: Any, least: int, otherwise: str = "") -> None:
+    if type(value) is not int or value < least:
+        raise ValueError(
+            f"`{name}` must be a whole number of at least {least}{otherwise}. Got `{name}={shown(value)}`."
+        )
+
+
+def _check_counts(kwargs: dict[str, Any]) -> None:
+    """Of the arguments that the stock pipeline takes out and hands to a DataLoader."""
+    for name, least in (("batch_size", 1), ("num_workers", 0)):
+        if kwargs.get(name) is not None:
+            _check_count(name, kwargs[name], least)
 
 
 def _shown(value: Any) -> str:
-    return f"{reprlib.repr(value)} ({type(value).__name__})"
+    return f"{shown(value)} ({type(value).__name__})"
 
 
 __all__ = ["GamlTextClassificationPipeline"]

@@ -33,10 +33,10 @@ from datasets import (
     enable_progress_bars,
     load_dataset,
 )
-from datasets.exceptions import DatasetGenerationError
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
+from .exiting_gaml import shown
 from .modeling_gaml_bert import GamlBertForSequenceClassification
 from .ort import GamlOrtModelForSequenceClassification
 from .pipeline_gaml import EXIT_FIELDS, GamlTextClassificationPipeline
@@ -44,6 +44,7 @@ from .pipeline_gaml import EXIT_FIELDS, GamlTextClassificationPipeline
 
 BUILDERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 WINDOW = 4096  # rows
+TEXTS = ("text", "text_pair")  # what the pipeline calls the text columns
 
 # What is told of a row. `row` counts from 0; a bad row has an `error`, and no answer.
 SCHEMA = pa.schema(
@@ -86,10 +87,13 @@ def score_rows(
         unless the row is bad; then the others are.
 
     Raises:
+        TypeError: `rows` cannot hold rows.
         ValueError: an argument is out of range, or a dataset lacks a text column; with `on_error="raise"`, a row is
             bad.
     """
     _check_arguments(text_columns, batch_size, window, on_error)
+    if isinstance(rows, (str, bytes, Mapping)) or not isinstance(rows, Iterable):
+        raise TypeError(f"`rows` must be a dataset, or an iterable of dicts, one for each row. Got {shown(rows)}.")
     if isinstance(rows, (Dataset, IterableDataset)):
         _check_columns(text_columns, rows.column_names)
     return _score_windows(rows, classifier, text_columns, batch_size, window, on_error, arguments)
@@ -97,9 +101,10 @@ def score_rows(
 
 def _score_windows(rows, classifier, text_columns, batch_size, window, on_error, arguments):
     rows, start = iter(rows), 0
-    while chunk := list(islice(rows, window)):
-        if start == 0:  # a stream may not know its columns before
-            _check_columns(text_columns, list(dict.fromkeys(name for row in chunk for name in row)))
+    while chunk := list(islice(rows, min(window, sys.maxsize))):
+        if start == 0 and (dicts := [row for row in chunk if isinstance(row, Mapping)]):
+            # A stream may not know its columns before.
+            _check_columns(text_columns, list(dict.fromkeys(name for row in dicts for name in row)))
         predictions = _score_window(chunk, start, classifier, text_columns, batch_size, arguments)
         for prediction in predictions:
             if on_error == "raise" and prediction["error"] is not None:
@@ -110,11 +115,16 @@ def _score_windows(rows, classifier, text_columns, batch_size, window, on_error,
 
 def _score_window(chunk, start, classifier, text_columns, batch_size, arguments) -> list[dict[str, Any]]:
     """Predictions for the rows of `chunk`, the first of which has the number `start`."""
-    inputs = [_input(row, text_columns) for row in chunk]
+    inputs, predictions = {}, [{}] * len(chunk)
+    for i, row in enumerate(chunk):
+        if isinstance(row, Mapping):
+            inputs[i] = {name: row.get(column) for name, column in zip(TEXTS, text_columns, strict=False)}
+        else:
+            error = f"a row must be a dict of columns. Got {shown(row)}."
+            predictions[i] = dict.fromkeys(SCHEMA.names) | {"row": start + i, "error": error}
     # Characters stand in for tokens, which would cost a second pass of the tokenizer.
-    order = sorted(range(len(inputs)), key=lambda i: sum(len(t) for t in inputs[i].values() if isinstance(t, str)))
+    order = sorted(inputs, key=lambda i: sum(len(t) for t in inputs[i].values() if isinstance(t, str)))
     answers = classifier([inputs[i] for i in order], batch_size=batch_size, **arguments, on_error="skip")
-    predictions: list[dict[str, Any]] = [{}] * len(chunk)
     for i, answer in zip(order, answers, strict=True):
         if isinstance(answer, list):  # of a pipeline made with `top_k`, best first
             answer = answer[0]
@@ -122,10 +132,6 @@ def _score_window(chunk, start, classifier, text_columns, batch_size, arguments)
         error = answer["error"].partition(": ")[2] if "error" in answer else None
         predictions[i] = {"row": start + i, **answer, "error": error}
     return predictions
-
-
-def _input(row: Mapping[str, Any], text_columns: Sequence[str]) -> dict[str, Any]:
-    return {name: row.get(column) for name, column in zip(("text", "text_pair"), text_columns, strict=False)}
 
 
 def score_file(
@@ -162,53 +168,83 @@ def score_file(
         `dict[str, int]`: `rows`, and how many of them were `skipped`.
 
     Raises:
-        ValueError: as in [`score_rows`]; a file is missing, of another kind, or cannot be read.
+        ValueError: as in [`score_rows`]; a file is missing, of another kind, or cannot be read or written.
     """
     _check_arguments(text_columns, batch_size, window, on_error)
     if type(num_proc) is not int or num_proc < 1:
         raise ValueError(f"`num_proc` must be a whole number of at least 1. Got `num_proc={num_proc!r}`.")
-    target = Path(target)
+    is_file = not isinstance(source, (Dataset, IterableDataset))
+    source, target = _path("source", source) if is_file else source, _path("target", target)
     if target.suffix not in (".csv", ".jsonl", ".parquet"):
         raise ValueError(f"`target` must end in .csv, .jsonl or .parquet. Got `{target}`.")
+    # What would come out after the last row, or take the rows away.
+    if target.is_dir() or not target.parent.is_dir():
+        raise ValueError(f"`target` must be a file in a folder that is there. Got `{target}`.")
+    if is_file and target.exists() and source.exists() and target.samefile(source):
+        raise ValueError(f"`target` must not be `source`, whose rows it would replace. Got `{target}` for both.")
     counts = {"rows": 0, "skipped": 0}
     with tempfile.TemporaryDirectory(prefix="gaml_score-") as cache, _writer(target) as write:
-        try:
-            rows = source
-            if not isinstance(source, (Dataset, IterableDataset)):
-                rows = _open(source, streaming=num_proc == 1, cache_dir=cache)
-            _check_columns(text_columns, rows.column_names)
-            total = len(rows) if isinstance(rows, Dataset) else None
-            settings = (text_columns, batch_size, window, on_error, arguments)
-            if num_proc == 1:
-                predictions = _score_windows(rows, load_classifier(), *settings)
-            else:
-                predictions = _score_in_processes(rows, load_classifier, *settings, num_proc, cache, progress)
-            bar = iter(tqdm(predictions, total=total, unit=" rows", disable=not progress or num_proc > 1))
-            while chunk := list(islice(bar, window)):
-                write(chunk)
-                counts["rows"] += len(chunk)
-                counts["skipped"] += sum(prediction["error"] is not None for prediction in chunk)
-        except (DatasetGenerationError, pa.ArrowException) as error:
-            raise ValueError(f"`source` could not be read, {source}: {error.__cause__ or error}") from error
+        rows = _open(source, text_columns, num_proc == 1, cache) if is_file else source
+        _check_columns(text_columns, rows.column_names)
+        total = len(rows) if isinstance(rows, Dataset) else None
+        settings = (text_columns, batch_size, window, on_error, arguments)
+        if num_proc == 1:
+            predictions = _score_windows(rows, load_classifier(), *settings)
+        else:
+            predictions = _score_in_processes(rows, load_classifier, *settings, num_proc, cache, progress)
+        bar = iter(tqdm(predictions, total=total, unit=" rows", disable=not progress or num_proc > 1))
+        while chunk := list(islice(bar, window)):
+            write(chunk)
+            counts["rows"] += len(chunk)
+            counts["skipped"] += sum(prediction["error"] is not None for prediction in chunk)
     return counts
 
 
-def _open(path: str | os.PathLike, streaming: bool, cache_dir: str) -> Dataset | IterableDataset:
-    path = Path(path)
+def _path(name: str, value: Any) -> Path:
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"`{name}` must be the path of a file. Got {shown(value)}.")
+    return Path(value)
+
+
+def _open(path: Path, text_columns: Sequence[str], streaming: bool, cache_dir: str) -> Dataset | Iterable[dict]:
     if path.suffix not in BUILDERS:
         raise ValueError(f"`source` must end in {', '.join(BUILDERS)}. Got `{path}`.")
     if not path.is_file():
         raise ValueError(f"`source` must be a file. Got `{path}`, which is not there.")
-    # A text may be "NA", "null" or "None"; an empty one is a bad row, not a missing value.
-    options = {"keep_default_na": False} if path.suffix == ".csv" else {}
-    return load_dataset(
-        BUILDERS[path.suffix],
-        data_files=str(path),
-        split="train",
-        streaming=streaming,
-        cache_dir=cache_dir,
-        **options,
-    )
+    if path.stat().st_size == 0:
+        raise ValueError(f"`source` must hold rows. Got `{path}`, which is empty.")
+    options = {}
+    if path.suffix == ".csv":  # a text may be "2012", "007", "True", "NA" or empty, and stays what it is
+        options = {"converters": dict.fromkeys(text_columns, str), "keep_default_na": False}
+    with _reading(path):
+        rows = load_dataset(
+            BUILDERS[path.suffix],
+            data_files=str(path),
+            split="train",
+            streaming=streaming,
+            cache_dir=cache_dir,
+            **options,
+        )
+    return _Stream(rows, path) if streaming else rows
+
+
+class _Stream:
+    """The rows of a file as they come, and one clear error where they end too soon."""
+
+    def __init__(self, rows: IterableDataset, path: Path):
+        self.rows, self.path, self.column_names = rows, path, rows.column_names
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        with _reading(self.path):
+            yield from self.rows
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # of pandas, Arrow, json, or a codec
+        raise ValueError(f"`source` could not be read, {path}: {error.__cause__ or error}") from error
 
 
 def _score_in_processes(
@@ -284,11 +320,12 @@ def _writer(target: Path) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
 
 
 def _check_arguments(text_columns, batch_size, window, on_error) -> None:
-    if isinstance(text_columns, str) or len(text_columns) not in (1, 2):
-        raise ValueError(f"`text_columns` must be a list of one or two columns. Got {text_columns!r}.")
+    is_list = isinstance(text_columns, Sequence) and not isinstance(text_columns, str)
+    if not is_list or len(text_columns) not in (1, 2) or not all(isinstance(name, str) for name in text_columns):
+        raise ValueError(f"`text_columns` must be a list of one or two columns. Got {shown(text_columns)}.")
     for name, value in (("batch_size", batch_size), ("window", window)):
         if type(value) is not int or value < 1:
-            raise ValueError(f"`{name}` must be a whole number of at least 1. Got `{name}={value!r}`.")
+            raise ValueError(f"`{name}` must be a whole number of at least 1. Got `{name}={shown(value)}`.")
     if on_error not in ("skip", "raise"):
         raise ValueError(f"`on_error` must be 'skip' or 'raise'. Got `on_error={on_error!r}`.")
 
