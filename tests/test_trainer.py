@@ -318,6 +318,7 @@ def set_attribute(name, value):
     return change
 
 
+# Flags, for a CPU has not all of these; FSDP itself is in test_distributed.py.
 REFUSED = {
     "DeepSpeed": set_attribute("is_deepspeed_enabled", True),
     "FSDP": set_attribute("is_fsdp_enabled", True),
