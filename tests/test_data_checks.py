@@ -3,6 +3,7 @@
 import time
 
 import numpy as np
+import pyarrow as pa
 import torch
 from datasets import ClassLabel, Dataset, Features, IterableDataset, List, Value
 from pytest import fixture, mark, raises
@@ -166,7 +167,9 @@ def test_a_stream_without_rows(tmp_path):
     def generate():
         yield from ()
 
-    trainer = make_trainer(tmp_path, make_model())
+    # Where one process reads for all, as by default, accelerate itself says that there is no data.
+    own_reading = {"accelerator_config": {"dispatch_batches": False}}
+    trainer = make_trainer(tmp_path, make_model(), **own_reading)
     trainer.train_dataset = IterableDataset.from_generator(generate)
     with raises(ValueError, match="The train dataset gave no rows"):
         trainer.train()
@@ -176,14 +179,12 @@ def test_a_stream_without_rows(tmp_path):
 
 @fixture(scope="module")
 def million():
-    lengths = List(Value("int32"), length=2)
-    features = Features({"input_ids": lengths, "label": Value("int64"), "text": Value("string")})
     columns = {
-        "input_ids": np.ones((1_000_000, 2), dtype=np.int32),
+        "input_ids": pa.FixedSizeListArray.from_arrays(np.ones(2_000_000, dtype=np.int32), 2),
         "label": np.arange(1_000_000) % 3,
-        "text": ["good"] * 1_000_000,
+        "text": pa.array(np.full(1_000_000, "good")),
     }
-    return Dataset.from_dict(columns, features=features)
+    return Dataset(pa.table(columns))
 
 
 def test_a_million_rows_take_no_time(million):

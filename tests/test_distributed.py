@@ -345,6 +345,10 @@ def wrong_column(folder):
     run_glue_gaml.main([*script_words(folder.parent, 8), "--label_column", ["label", "nothing"][RANK]])
 
 
+def fully_sharded(folder):
+    make_trainer(folder, make_model(), fsdp=True, fsdp_config={"version": 2})
+
+
 def train_with(action):
     def job(folder):
         every_step = {"save_strategy": "steps", "save_steps": 1, "logging_strategy": "no"}
@@ -362,6 +366,7 @@ JOBS = {
     "nan-loss": train_with(poison_the_loss),
     "bad-label": bad_label,
     "wrong-column": wrong_column,
+    "fsdp": fully_sharded,
 }
 
 
@@ -426,6 +431,14 @@ def test_a_nan_on_one_rank_stops_all(failed_jobs, name, what):
     for rank in (0, 1):
         assert f"FloatingPointError: Training stopped at step 3: {what}" in (folder / f"{name}-{rank}.txt").read_text()
     assert {path.name for path in (folder / name).glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
+
+
+def test_fsdp_is_refused(failed_jobs):
+    """Version 2; torch has no version 1 on a CPU."""
+    for rank in (0, 1):
+        error = (failed_jobs[0] / f"fsdp-{rank}.txt").read_text()
+        assert "ValueError: Gradient alignment (`ga_mode='soft'`) needs the plain gradients" in error
+        assert "does not work with FSDP" in error
 
 
 def test_a_bad_row_on_one_rank(failed_jobs):

@@ -245,6 +245,9 @@ class GamlTrainer(Trainer):
                     f"{description}: the logits of row {row} are not finite (NaN or infinite), so it has no answer. "
                     "Look at the weights of this checkpoint, or evaluate in float32."
                 )
+        loss = output.metrics.get(f"{kwargs.get('metric_key_prefix', 'eval')}_loss", 0.0)
+        if not np.isfinite(loss):  # where the logits were not kept
+            raise FloatingPointError(f"{description}: the loss is not finite (NaN or infinite). Got {loss}.")
         return output
 
     def _evaluate(self, trial, *args, **kwargs):
