@@ -172,6 +172,11 @@ class Stream(IterableDataset):
         return iter(TEXTS[:5])
 
 
+class SizedStream(Stream):
+    def __len__(self):
+        return 5
+
+
 @mark.parametrize(
     "rows",
     [
@@ -194,6 +199,8 @@ def test_what_holds_texts_is_read_like_a_list(classifier, rows):
         param(lambda: iter(TEXTS[:5]), id="iterator"),
         param(lambda: map(str, TEXTS[:5]), id="map"),
         param(Stream, id="IterableDataset"),
+        param(SizedStream, id="IterableDataset that knows its length"),
+        param(lambda: HubDataset.from_dict({"text": TEXTS[:5]}).to_iterable_dataset(), id="stream of dicts"),
     ],
 )
 @mark.parametrize("batch_size", [1, 2])
@@ -440,6 +447,8 @@ BAD_ROWS = [
     ("", ValueError, "`text` must hold more than blanks. Got '' (str)"),
     (" \t\n", ValueError, r"Got ' \t\n' (str)"),
     ("\u200b\x00", ValueError, "`text` must hold something the tokenizer can read. Got '\\u200b\\x00'"),
+    ({"text": "good", "text_pair": "\u200b"}, ValueError, "`text_pair` must hold something the tokenizer can read"),
+    ({"text_pair": "good", "text": "\u200b"}, ValueError, "`text` must hold something the tokenizer can read"),
     ("good \ud800", ValueError, r"`text` must be valid Unicode. Got the lone surrogate '\ud800' at character 5"),
     (None, TypeError, 'a row must be a `str` or a dict {"text": ..., "text_pair": ...}. Got None (NoneType)'),
     (float("nan"), TypeError, "Got nan (float)"),

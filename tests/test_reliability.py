@@ -18,7 +18,6 @@ def test_16_threads_share_one_pipeline(classifier):
     assert min(counts["answered"], counts["refused"]) > 30
 
 
-@mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")  # sigmoid, upstream
 def test_odd_inputs(classifier, capsys):
     counts = reliability.fuzz(classifier, inputs=500, seed=1)
     assert (counts["tried"], counts["wrong"], counts["lost"]) == (500, 0, 0), capsys.readouterr().err
@@ -37,7 +36,6 @@ FAULTS = {
 }
 
 
-@mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
 @mark.parametrize("fault", FAULTS)
 def test_the_campaign_sees(classifier, fault):
     change, verdict = FAULTS[fault]

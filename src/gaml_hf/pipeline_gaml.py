@@ -241,8 +241,15 @@ class GamlTextClassificationPipeline(TextClassificationPipeline):
                 f"the text has {length} tokens, and the model reads at most {self.max_length}. Leave `truncation` at "
                 "its default, True, to cut it."
             )
-        if length <= self.tokenizer.num_special_tokens_to_add(pair="text_pair" in texts):
-            raise ValueError(f"`text` must hold something the tokenizer can read. Got {_shown(texts['text'])}.")
+        fields = ("text", "text_pair")[: len(texts)]
+        if encoding.is_fast:
+            unread = [field for number, field in enumerate(fields) if number not in encoding.encodings[0].sequence_ids]
+        else:  # tells the texts of a pair not apart
+            unread = fields if length <= self.tokenizer.num_special_tokens_to_add(pair=len(fields) == 2) else ()
+        if unread:
+            raise ValueError(
+                f"`{unread[0]}` must hold something the tokenizer can read. Got {_shown(texts[unread[0]])}."
+            )
         return encoding, truncated
 
     def _tokenize(self, texts, padding=False, truncation=True, max_length=None, split_special_tokens=True):
