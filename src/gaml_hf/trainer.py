@@ -148,7 +148,7 @@ class GamlTrainer(Trainer):
                 rows[-1] = own
             total = sum(rows)
             if self.args.world_size > 1:
-                total = torch.tensor(total, dtype=torch.float32, device=device)
+                total = torch.full((), float(total), device=device)  # without a copy that waits for the GPU
                 torch.distributed.all_reduce(total)
             # Divided by `len(batches)` in `training_step`, and by the number of ranks in their average.
             self._row_weights = [n * len(batches) * self.args.world_size / total for n in rows]
