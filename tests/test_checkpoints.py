@@ -140,6 +140,18 @@ def test_resume_passes_over_what_is_not_whole(make, tmp_path, caplog, spoil, rea
     assert why_incomplete(newest) is None  # written anew
 
 
+def test_an_evaluation_behind_a_checkpoint_changes_nothing(make, tmp_path):
+    """Saved in the last step of an epoch (its third), evaluated when the epoch is over."""
+    changes = {"save_steps": 3, "eval_strategy": "epoch"}
+    trainer = make(**changes)
+    trainer.train()
+    shutil.rmtree(tmp_path / "out" / "checkpoint-6")
+    resumed = make(**changes)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed._initial_global_step == 3
+    assert_identical(weights_of(resumed), weights_of(trainer))
+
+
 def test_a_checkpoint_without_a_seal(make, tmp_path, caplog):
     """By a stock Trainer: it is taken where its files can be read, and what is cut short is seen all the same."""
     trainer = make(trainer_class=Trainer)

@@ -470,18 +470,10 @@ def _verify_weights(name: str | os.PathLike, kwargs: dict) -> None:
         folder = Path(name, subfolder)
     else:
         where = {key: kwargs[key] for key in ("cache_dir", "revision") if kwargs.get(key) is not None}
-        config = cached_file(
-            name,
-            "config.json",
-            subfolder=subfolder,
-            local_files_only=True,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            **where,
-        )
-        if config is None:
+        try:
+            folder = Path(cached_file(name, "config.json", subfolder=subfolder, local_files_only=True, **where)).parent
+        except (OSError, TypeError):  # not in the cache: nothing was loaded from there
             return
-        folder = Path(config).parent
     verify_weights(folder, variant)
 
 

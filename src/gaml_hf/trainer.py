@@ -423,6 +423,11 @@ class GamlTrainer(Trainer):
             verify_weights(self.state.best_model_checkpoint)
         super()._load_best_model()
 
+    def _evaluate(self, *args, **kwargs):
+        # A data loader draws a number when it starts. Behind a checkpoint of this step, a resume would not draw it.
+        with torch.random.fork_rng(devices=[]):
+            return super()._evaluate(*args, **kwargs)
+
     def _run_epoch(self, *args, **kwargs) -> None:
         # The stock Trainer looks at this after a step only: resumed at its end, a training would make one too many.
         if not self.control.should_training_stop:
