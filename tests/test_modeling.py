@@ -490,15 +490,6 @@ def test_missing_weights_are_an_error(drop, explicit_config, make, tmp_path):
     )
 
 
-@mark.parametrize("size", [0, 4, 5000], ids=["empty", "no header", "cut"])
-def test_weights_that_end_too_soon(size, make, tmp_path):
-    make().save_pretrained(tmp_path)
-    file = tmp_path / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:size])
-    with raises(ValueError, match=re.escape(f"The weights of `{tmp_path}` cannot be read: ") + ".* to its end?"):
-        GamlBertForSequenceClassification.from_pretrained(tmp_path)
-
-
 @mark.parametrize("key", ["foo.bar", "exit_classifiers.9.weight", "bert.encoder.layer.4.output.dense.weight"])
 def test_more_weights_than_the_model_has_are_told_and_change_nothing(key, make, batch, tmp_path):
     model = make()

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import BertModel, BertPreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask
@@ -109,10 +108,6 @@ class GamlBertForSequenceClassification(BertPreTrainedModel):
             _verify_weights(name, kwargs)
         try:
             model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
-        except SafetensorError as problem:
-            raise ValueError(
-                f"The weights of `{name}` cannot be read: {problem}. Was the file saved, or downloaded, to its end?"
-            ) from problem
         finally:
             # From the Hub they lie in the cache now. Where they could not be loaded, this tells which file is damaged.
             if name is not None and not is_folder:
