@@ -295,9 +295,9 @@ class GlueMetric(evaluate.Metric):
         # The stock method makes a folder in the cache even for rows kept in memory, and fails where none can be made.
         return "" if self.keep_in_memory else super()._build_data_dir()
 
-    def compute(self, *, predictions=None, references=None, **kwargs) -> dict[str, float] | None:
+    def compute(self, predictions=None, references=None, **kwargs) -> dict[str, float] | None:
         """
-        Scores the rows given here and those added before.
+        Scores the rows given here and those added before. By position too, so that it is a `Score` of `evaluation`.
 
         Args:
             predictions (`list[int]`, `np.ndarray` or `torch.Tensor` of shape `(num_rows,)`): predicted class indices.
