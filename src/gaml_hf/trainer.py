@@ -253,7 +253,9 @@ class GamlTrainer(Trainer):
     def _evaluate(self, trial, *args, **kwargs):
         """Called by the stock Trainer during training, before it saves what it evaluates."""
         try:
-            return super()._evaluate(trial, *args, **kwargs)
+            # A data loader draws a number when it starts. Behind a checkpoint of this step, a resume would not draw it.
+            with torch.random.fork_rng(devices=[]):
+                return super()._evaluate(trial, *args, **kwargs)
         except FloatingPointError:
             raise
         except Exception:
@@ -422,11 +424,6 @@ class GamlTrainer(Trainer):
         if not self._is_sharded:
             verify_weights(self.state.best_model_checkpoint)
         super()._load_best_model()
-
-    def _evaluate(self, *args, **kwargs):
-        # A data loader draws a number when it starts. Behind a checkpoint of this step, a resume would not draw it.
-        with torch.random.fork_rng(devices=[]):
-            return super()._evaluate(*args, **kwargs)
 
     def _run_epoch(self, *args, **kwargs) -> None:
         # The stock Trainer looks at this after a step only: resumed at its end, a training would make one too many.
