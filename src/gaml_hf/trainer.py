@@ -253,7 +253,8 @@ class GamlTrainer(Trainer):
     def _evaluate(self, trial, *args, **kwargs):
         """Called by the stock Trainer during training, before it saves what it evaluates."""
         try:
-            # A data loader draws a number when it starts. Behind a checkpoint of this step, a resume would not draw it.
+            # A data loader draws a number when it starts. Behind a checkpoint of this step, a resume would not draw
+            # it.
             with torch.random.fork_rng(devices=[]):
                 return super()._evaluate(trial, *args, **kwargs)
         except FloatingPointError:
