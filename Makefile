@@ -21,7 +21,7 @@ EXTRAS_LOWEST := test,dev
 .PHONY: test demo lint test-lowest audit clean
 
 test: $(VENV)/.installed
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/python hub_models/gaml-bert-demo/demo.py
@@ -32,7 +32,7 @@ lint: $(VENV)/.installed
 
 # datasets before 5.2 leaves a CSV file it has read to the garbage collector; elsewhere that warning is an error.
 test-lowest: $(VENV_LOWEST)/.installed
-	$(VENV_LOWEST)/bin/python -m pytest -W 'ignore:unclosed file:ResourceWarning'
+	$(VENV_LOWEST)/bin/python -m pytest -n auto --dist loadfile -W 'ignore:unclosed file:ResourceWarning'
 
 # --strict: else a package that PyPI's JSON API does not know here, as behind a mirror, counts as one without a finding.
 audit: $(VENV_AUDIT)/.installed

@@ -230,7 +230,11 @@ def test_an_endless_generator_is_read_as_it_is_consumed(classifier):
     assert len(seen) < 10
 
 
-@mark.parametrize("rows", [[], (), np.array([], dtype=str), KeyDataset([], "text"), (text for text in ())], ids=repr)
+@mark.parametrize(
+    "rows",
+    [[], (), np.array([], dtype=str), KeyDataset([], "text"), (text for text in ())],
+    ids=lambda rows: type(rows).__name__,
+)
 def test_nothing_gives_no_answers(classifier, rows):
     assert list(classifier(rows, batch_size=2)) == []
 
