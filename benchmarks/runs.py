@@ -13,6 +13,7 @@ import json
 import os
 import tempfile
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
@@ -436,9 +437,10 @@ def full_encoder_weights(backbone: str) -> int:
 
 def encode_array(values: np.ndarray) -> dict[str, Any]:
     """float32, exactly, as JSON can hold it."""
-    data = base64.b64encode(np.ascontiguousarray(values, dtype="<f4")).decode()
-    return {"shape": list(values.shape), "float32": data}
+    data = np.ascontiguousarray(values, dtype="<f4").tobytes()
+    return {"shape": list(values.shape), "float32": base64.b64encode(zlib.compress(data, 9)).decode()}
 
 
 def decode_array(encoded: dict[str, Any]) -> np.ndarray:
-    return np.frombuffer(base64.b64decode(encoded["float32"]), dtype="<f4").reshape(encoded["shape"]).copy()
+    data = bytearray(zlib.decompress(base64.b64decode(encoded["float32"])))  # an array of bytes would be read-only
+    return np.frombuffer(data, dtype="<f4").reshape(encoded["shape"])
