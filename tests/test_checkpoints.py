@@ -62,6 +62,13 @@ def make(bert_kwargs, tmp_path, monkeypatch):
     return make
 
 
+class Begin(TrainerCallback):
+    """At which step a training begins."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.step = state.global_step
+
+
 class StopAt(TrainerCallback):
     """The nearest to a kill that one process can do: an exception behind a step."""
 
@@ -129,9 +136,10 @@ def test_resume_passes_over_what_is_not_whole(make, tmp_path, caplog, spoil, rea
     trainer.train()
     newest = tmp_path / "out" / "checkpoint-6"
     spoil(newest)
-    resumed = make()
+    begin = Begin()
+    resumed = make(callbacks=[begin])
     resumed.train(resume_from_checkpoint=True)
-    assert resumed._initial_global_step == 4
+    assert begin.step == 4
     assert_identical(weights_of(resumed), weights_of(trainer))
     warnings = [record.getMessage() for record in caplog.records if "Passed over" in record.getMessage()]
     assert len(warnings) == 1
@@ -146,9 +154,10 @@ def test_an_evaluation_behind_a_checkpoint_changes_nothing(make, tmp_path):
     trainer = make(**changes)
     trainer.train()
     shutil.rmtree(tmp_path / "out" / "checkpoint-6")
-    resumed = make(**changes)
+    begin = Begin()
+    resumed = make(callbacks=[begin], **changes)
     resumed.train(resume_from_checkpoint=True)
-    assert resumed._initial_global_step == 3
+    assert begin.step == 3
     assert_identical(weights_of(resumed), weights_of(trainer))
 
 
@@ -167,10 +176,11 @@ def test_a_checkpoint_without_a_seal(make, tmp_path, caplog):
         assert f"`{name}` is missing" in why_incomplete(folder)
         (folder / name).write_bytes(kept)
     cut(tmp_path / "out" / "checkpoint-6" / "rng_state.pth")
-    resumed = make()
+    begin = Begin()
+    resumed = make(callbacks=[begin])
     resumed.model.config.ga_mode = "none"
     resumed.train(resume_from_checkpoint=True)
-    assert resumed._initial_global_step == 4
+    assert begin.step == 4
     assert_identical(weights_of(resumed), weights_of(trainer))
     assert "`rng_state.pth` is damaged or cut short" in caplog.text
 

@@ -8,6 +8,7 @@ from pytest import mark, raises
 from transformers import AutoConfig, BertConfig, RobertaConfig
 
 from gaml_hf import GamlBertConfig
+from test_trainer import IS_OLD_TRANSFORMERS
 
 
 DEFAULTS = {field.name: field.default for field in fields(GamlBertConfig)}
@@ -151,7 +152,8 @@ def test_json_round_trip(values, tmp_path):
     ids=str,
 )
 def test_refusals(wrong, message):
-    assert message in refused(**wrong)
+    refusal = refused(**wrong)
+    assert message in refusal or (IS_OLD_TRANSFORMERS and "Validation error for field 'id2label'" in refusal)
 
 
 @mark.parametrize("auto", [GamlBertConfig, AutoConfig])

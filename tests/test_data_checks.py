@@ -9,7 +9,7 @@ from datasets import ClassLabel, Dataset, Features, IterableDataset, List, Value
 from pytest import fixture, mark, raises
 
 from gaml_hf.data_checks import check_dataset, column_values
-from test_trainer import Rows, make_model, make_trainer
+from test_trainer import IS_OLD_TRANSFORMERS, Rows, make_model, make_trainer
 
 
 LIMITS = {"num_labels": 3, "max_length": 8}
@@ -163,6 +163,7 @@ def test_a_stream_is_checked_batch_by_batch(tmp_path):
         trainer.train()
 
 
+@mark.skipif(IS_OLD_TRANSFORMERS, reason="its own TypeError comes first")
 def test_a_stream_without_rows(tmp_path):
     def generate():
         yield from ()

@@ -26,6 +26,7 @@ from test_run_glue_gaml import sentences, write_csv
 from test_trainer import (
     CASES,
     CHECKPOINTING,
+    IS_OLD_TRANSFORMERS,
     Rows,
     assert_same_weights,
     make_model,
@@ -154,7 +155,8 @@ def rank_of_two(folder):
             results[f"{mode}-{key}"] = train_uneven(folder / "x", mode, key)
     for rows in EVALUATED:
         results[f"evaluate-{rows}"] = evaluate(folder / "x", rows)
-    results["resume"] = resume(folder / "resume")
+    if not IS_OLD_TRANSFORMERS:  # it cannot load an optimizer onto "cpu:0"
+        results["resume"] = resume(folder / "resume")
     results["script"] = run_script(folder)
     torch.save(results, folder / f"{RANK}.pt")
     JOBS["sigkill"](folder / "killed")
@@ -246,6 +248,7 @@ def test_what_the_stock_way_makes_of_it(two_ranks, tmp_path):
         assert (error < 1e-6) if equal else (error > 1e-3), key
 
 
+@mark.skipif(IS_OLD_TRANSFORMERS, reason='it cannot load an optimizer onto "cpu:0", the device of a rank on a CPU')
 def test_resuming_equals_the_undisturbed_run(two_ranks):
     whole, resumed = two_ranks[0][0]["resume"]
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
