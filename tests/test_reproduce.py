@@ -229,6 +229,16 @@ def test_the_policy_is_chosen_on_the_rows_set_aside():
     assert reports.answer(result_with(rising, rising, [1, 0]), "none").speed_up == 1.0
 
 
+def test_the_curve_between_its_points():
+    # Budgets 1, 2, 4: speed-ups 4, 2, 1 (and 3: 4/3). Of four rows, exits 1 to 4 answer 0, 2, 3 and 4 rightly.
+    labels = [1, 1, 1, 1]
+    answers = [[-1, 1, 1, 1], [-1, 1, 1, 1], [-1, -1, 1, 1], [-1, -1, -1, 1]]
+    result = result_with(answers, answers, labels)
+    assert reports.score_at(result, "budgeted", 2.0) == approx(50.0)
+    assert reports.score_at(result, "budgeted", 3.0) == approx(25.0)  # half-way between 4x (0) and 2x (50)
+    assert reports.score_at(result, "budgeted", 9.0) == approx(0.0)
+
+
 def test_spread():
     assert reports.spread([1.0, 2.0, 3.0]) == "2.0 ± 1.0 (n=3)"
     assert reports.spread([1.0]) == "1.0 (n=1)"
