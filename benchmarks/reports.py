@@ -489,7 +489,7 @@ def fig4(results: Results, folder: Path) -> str:
         name = f"fig4-{task}.png"
         plots.depth_score(
             curves,
-            main_metric(task),
+            f"{main_metric(task)} x 100",
             folder / name,
             float(np.mean(bert)) if bert else None,
             title=f"{task}: score of each exit",
