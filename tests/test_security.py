@@ -53,7 +53,7 @@ def problems(folder: Path) -> str:
 # Code
 
 
-REFERENCES = ["you/other--module.Class", "../module.Class", "/tmp/module.Class", "a.b.Class", "Class", 3, None]
+REFERENCES = ["you/other--module.Class", "../module.Class", "/elsewhere/module.Class", "a.b.Class", "Class", 3, None]
 
 
 @mark.parametrize("reference", REFERENCES)

@@ -1,6 +1,6 @@
 """What LayerDrop and BERT-of-Theseus share: an encoder that runs other layers in training than at inference."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from torch import Tensor
 from torch.nn import Module, ModuleList
@@ -10,13 +10,10 @@ from transformers.models.bert.modeling_bert import BertEncoder
 
 
 class SamplingEncoder(BertEncoder):
-    """A BERT encoder whose training passes run `sampled_layers()`, and all others `kept_layers()`."""
+    """A BERT encoder whose training passes run `sampled_layers()`, and all others `kept_layers()`, of a subclass."""
 
-    def sampled_layers(self) -> Iterable[Module]:
-        raise NotImplementedError
-
-    def kept_layers(self) -> Iterable[Module]:
-        raise NotImplementedError
+    sampled_layers: Callable[[], Iterable[Module]]
+    kept_layers: Callable[[], Iterable[Module]]
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs
