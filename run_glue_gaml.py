@@ -60,7 +60,7 @@ from gaml_hf.evaluation import (
     sweep,
 )
 from gaml_hf.exiting_gaml import EXIT_POLICIES
-from gaml_hf.glue import GLUE_TASKS, GlueMetric, get_task, selection_score
+from gaml_hf.glue import GLUE_TASKS, GlueMetric, get_task, selection_scorer
 from gaml_hf.hub import TOLD_ARGUMENTS, TOLD_FIELDS, push_checkpoint, save_checkpoint
 
 
@@ -508,14 +508,7 @@ def main(argv: list[str] | None = None) -> dict:
         )
 
     # Training
-    metric = GlueMetric(data_args.task_name, num_labels=len(label_names))
-
-    def score(predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
-        scores = metric.compute(predictions=predictions, references=references)
-        # The one number that compares exits and checkpoints, in front: see `selection_score`.
-        return {"combined_score": selection_score(scores), **scores} if len(scores) > 1 else scores
-
-    main_metric = "combined_score" if len(metric.metric_names) > 1 else metric.metric_names[0]
+    score, main_metric = selection_scorer(GlueMetric(data_args.task_name, num_labels=len(label_names)))
     if training_args.warmup_epochs is not None and train_rows is not None:
         batch = training_args.per_device_train_batch_size * max(training_args.n_gpu, 1) * training_args.world_size
         steps = math.ceil(math.ceil(len(train_rows) / batch) / training_args.gradient_accumulation_steps)

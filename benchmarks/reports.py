@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from benchmarks.runs import decode_array, main_metric, score
+from benchmarks.runs import decode_array, scorer
 from gaml_hf import plots
 from gaml_hf.evaluation import choose, layer_speed_up, replay, sweep
 from gaml_hf.glue import get_task
@@ -120,13 +120,14 @@ def answer(result: dict[str, Any], exit_strategy: str) -> Answer:
     """
     logits = {name: decode_array(values) for name, values in result["logits"].items()}
     labels = {name: np.array(values) for name, values in result["labels"].items()}
-    task, scores = result["run"]["task"], score(result["run"]["task"])
+    task = result["run"]["task"]
+    score, main_metric = scorer(task)
     config = SimpleNamespace(
         num_hidden_layers=result["full_depth"], exit_layers=result["exit_layers"], exit_strategy="none"
     )
     parameter = None
     if exit_strategy != "none":
-        points = sweep(logits["held_out"], labels["held_out"], config, exit_strategy, scores, main_metric(task))
+        points = sweep(logits["held_out"], labels["held_out"], config, exit_strategy, score, main_metric)
         logging.getLogger("gaml_hf.evaluation").disabled = True  # where nothing lies in the target, the table tells
         point = choose(points, TARGET)
         vars(config).update(point.config_fields())
@@ -137,7 +138,7 @@ def answer(result: dict[str, Any], exit_strategy: str) -> Answer:
     else:
         speed_up = layer_speed_up(exit_layer, result["full_depth"])
     return Answer(
-        score=100 * scores(predictions, labels["validation"])[get_task(task).main_metric],
+        score=100 * score(predictions, labels["validation"])[get_task(task).main_metric],
         speed_up=speed_up,
         correct=predictions == labels["validation"],
         parameter=parameter,
@@ -158,7 +159,7 @@ def score_at(result: dict[str, Any], exit_strategy: str, speed_up: float = 1.9) 
         np.array(result["labels"]["validation"]),
         config,
         exit_strategy,
-        score(task),
+        scorer(task)[0],
         get_task(task).main_metric,
     )
     curve = sorted((point.speed_up, 100 * point.score) for point in points)
@@ -167,7 +168,7 @@ def score_at(result: dict[str, Any], exit_strategy: str, speed_up: float = 1.9) 
 
 def exit_score(result: dict[str, Any], exit_layer: int, metric: str | None = None) -> float:
     """Validation score of one exit, times 100."""
-    return 100 * result["scores"]["validation"][str(exit_layer)][metric or main_metric(result["run"]["task"])]
+    return 100 * result["scores"]["validation"][str(exit_layer)][metric or scorer(result["run"]["task"])[1]]
 
 
 def mean_over_exits(result: dict[str, Any]) -> float:
@@ -489,7 +490,7 @@ def fig4(results: Results, folder: Path) -> str:
         name = f"fig4-{task}.png"
         plots.depth_score(
             curves,
-            f"{main_metric(task)} x 100",
+            f"{scorer(task)[1]} x 100",
             folder / name,
             float(np.mean(bert)) if bert else None,
             title=f"{task}: score of each exit",

@@ -43,7 +43,7 @@ from benchmarks.baselines import BASELINES, Context
 from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification, GamlTrainer
 from gaml_hf.alignment import cos_angle
 from gaml_hf.evaluation import ExitMetrics
-from gaml_hf.glue import GlueMetric, get_task, selection_score
+from gaml_hf.glue import GlueMetric, get_task, selection_scorer
 
 
 # The systems that are a configuration of our own model.
@@ -213,6 +213,7 @@ def train(run: Run, settings: Settings, folder: str) -> dict[str, Any]:
     layers = model.config.num_hidden_layers
     exit_layers = list(getattr(model.config, "exit_layers", [layers]))
 
+    score, _ = scorer(run.task)
     parts = {"held_out": held_out}
     if run.fold is None:
         parts["validation"] = encoded[task.validation_splits[0]]
@@ -235,7 +236,7 @@ def train(run: Run, settings: Settings, folder: str) -> dict[str, Any]:
         "best_step": trainer.state.best_global_step,
         "exit_mean": trainer.state.best_metric,  # on the rows set aside
         "scores": {
-            name: {m: score(run.task)(values[:, i].argmax(-1), labels[name]) for i, m in enumerate(exit_layers)}
+            name: {m: score(values[:, i].argmax(-1), labels[name]) for i, m in enumerate(exit_layers)}
             for name, values in logits.items()
         },
         "log": trainer.state.log_history,
@@ -272,7 +273,7 @@ def fit_exits(
         trainer = kind(
             model,
             arguments,
-            compute_metrics=ExitMetrics(model.config, score(run.task), main_metric(run.task)),
+            compute_metrics=ExitMetrics(model.config, *scorer(run.task)),
             callbacks=[EarlyStoppingCallback(run.early_stopping_patience)],
             **common,
         )
@@ -397,26 +398,16 @@ def set_aside(rows: Dataset, run: Run) -> tuple[Dataset, Dataset]:
 # ----------------------------------------------------------------------------------------------------------- scores
 
 
-def main_metric(task_name: str) -> str:
-    """What compares exits and checkpoints."""
-    return "combined_score" if len(get_task(task_name).metrics) > 1 else get_task(task_name).main_metric
-
-
-def score(task_name: str) -> Callable[[np.ndarray, np.ndarray], dict[str, float]]:
-    """`(predictions, references)` to the task's scores, and their mean where there are two."""
-    metric = GlueMetric(task_name)
-
-    def of(predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
-        scores = metric.compute(predictions=predictions, references=references)
-        return {"combined_score": selection_score(scores), **scores} if len(scores) > 1 else scores
-
-    return of
+def scorer(task_name: str) -> tuple[Callable[[np.ndarray, np.ndarray], dict[str, float]], str]:
+    """What scores a task's answers, and the name of the score that compares exits and checkpoints."""
+    return selection_scorer(GlueMetric(task_name))
 
 
 def one_exit_metrics(task_name: str, prediction: EvalPrediction) -> dict[str, float]:
     """`compute_metrics` of a model with one answer."""
-    scores = score(task_name)(prediction.predictions.argmax(-1), prediction.label_ids)
-    return scores | {"exit_mean": scores[main_metric(task_name)]}
+    score, main_metric = scorer(task_name)
+    scores = score(prediction.predictions.argmax(-1), prediction.label_ids)
+    return scores | {"exit_mean": scores[main_metric]}
 
 
 def encoder_weights(model: torch.nn.Module) -> int:

@@ -5,7 +5,7 @@ The seven GLUE classification tasks of the paper (Zhu et al., 2021, Sec. 6.1) an
 scores one list of predictions; with twelve exits it is called twelve times per evaluation.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import datasets
@@ -227,6 +227,29 @@ def selection_score(scores: Mapping[str, float]) -> float:
     if not scores:
         raise ValueError("`scores` must hold at least one score, as returned by `GlueMetric`. Got an empty mapping.")
     return float(np.mean(list(scores.values())))
+
+
+def selection_scorer(
+    metric: "GlueMetric",
+) -> tuple[Callable[[np.ndarray, np.ndarray], dict[str, float]], str]:
+    """
+    How exits, checkpoints and policies are scored and compared.
+
+    Args:
+        metric ([`GlueMetric`]): of the task.
+
+    Returns:
+        `tuple`: `(predictions, references)` to the scores by name, with `combined_score` ([`selection_score`]) in
+        front where there are several; and the name of the one that compares.
+    """
+    if len(metric.metric_names) == 1:
+        return metric.compute, metric.metric_names[0]
+
+    def score(predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
+        scores = metric.compute(predictions, references)
+        return {"combined_score": selection_score(scores), **scores}
+
+    return score, "combined_score"
 
 
 class GlueMetric(evaluate.Metric):
