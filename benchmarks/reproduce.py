@@ -73,7 +73,7 @@ def experiment(name: str, options: argparse.Namespace, depth: int) -> list[Run]:
             for system in ("multi-exit", "fastbert", "fastbert-joint", "ml", "gaml-hard", "gaml-soft"):
                 run(system)
         elif name == "table5":
-            for system in ("multi-exit", "gaml-soft"):
+            for system in ("multi-exit", "fastbert-joint", "ml", "gaml-soft"):
                 run(system)
         elif name == "fig3":
             run("ml", watch_angle=True)
