@@ -146,7 +146,9 @@ class GamlArguments:
     kd_temperature: float | None = field(default=None, metadata={"help": "Temperature of the distillation loss."})
     alpha: float | None = field(default=None, metadata={"help": "α of Eqs. 2, 6 and 7, in [0, 1]."})
     ga_mode: str | None = field(default=None, metadata={"help": "soft (Eq. 6), hard (Eq. 7) or none (Eq. 2)."})
-    ga_granularity: str | None = field(default=None, metadata={"help": "global (the paper), layer or tensor."})
+    ga_granularity: str | None = field(
+        default=None, metadata={"help": "global (the letter of the paper), layer (default) or tensor."}
+    )
     exit_strategy: str | None = field(
         default=None,
         metadata={"help": "none, budgeted, patience, entropy or max_prob. Patience where a model is trained."},

@@ -160,9 +160,9 @@ def recipe(task_name: str, system: str, options: argparse.Namespace, searched: b
 def winner(task_name: str, system: str, options: argparse.Namespace) -> dict | None:
     """The combination with the best mean over folds of the mean over exits, among those with all folds done."""
     scores = defaultdict(list)
-    for result in ledger(options.ledger):
+    for result in ledger(options.ledger, "*-fold*.json"):
         run = result["run"]
-        if run["folds"] and (run["task"], run["system"]) == (task_name, system):
+        if (run["task"], run["system"]) == (task_name, system):
             key = tuple(run[name] for name in ("learning_rate", "batch_size", "warmup_epochs", "alpha", "folds"))
             scores[key].append(result["exit_mean"])
     complete = {key: statistics.mean(values) for key, values in scores.items() if len(values) == key[-1]}
@@ -174,8 +174,8 @@ def winner(task_name: str, system: str, options: argparse.Namespace) -> dict | N
     }
 
 
-def ledger(folder: Path) -> list[dict]:
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+def ledger(folder: Path, pattern: str = "*.json") -> list[dict]:
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(pattern))]
 
 
 def seconds_of(run: Run, known: list[dict]) -> float | None:

@@ -108,7 +108,7 @@ class Run:
     layers: int | None = None
     exits: tuple[int, ...] | None = None
     max_grad_norm: float = 1.0
-    ga_granularity: str = GamlBertConfig.ga_granularity
+    ga_granularity: str = "global"  # the letter of the paper, not the default of the configuration
     kd_reduction: str = GamlBertConfig.kd_reduction
     watch_angle: bool = False
     fold: int | None = None

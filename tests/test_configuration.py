@@ -26,7 +26,7 @@ EVERYTHING = {
     "kd_temperature": 2.0,
     "alpha": 0.5,
     "ga_mode": "hard",
-    "ga_granularity": "layer",
+    "ga_granularity": "tensor",
     "exit_strategy": "max_prob",
     "budgeted_exit": 4,
     "patience": 3,

@@ -1,6 +1,7 @@
 """The experiments: what a run is, what it leaves behind, and that the tables tell what the JSONs say."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -340,3 +341,21 @@ def test_no_run_is_longer_than_needed(tmp_path: Path):
     }
     assert names["table4"] <= names["table2"]
     assert names["fig4"] <= names["table2"]
+
+
+def test_the_tables_of_the_docs_are_those_of_the_ledger(tmp_path: Path):
+    """docs/experiments.md shows what its commands make of benchmarks/ledger, to the last digit."""
+    root = Path(__file__).resolve().parents[1]
+    text = (root / "docs" / "experiments.md").read_text(encoding="utf-8")
+    settings = re.search(r'^SETTINGS="(.*?)"$', text, re.M).group(1).replace("$MINILM", "all-MiniLM-L6-v2")
+    commands = re.findall(r"^`(\w+ --tasks .*)`$", text, re.M)
+    assert {command.split()[0] for command in commands} == reports.REPORTS.keys()
+    for command in commands:
+        options = reproduce.parser().parse_args([*settings.split(), *command.split()])
+        paths = [
+            root / options.ledger / f"{run.name}.json" for run in reproduce.experiment(command.split()[0], options, 6)
+        ]
+        results = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
+        path = reports.write(command.split()[0], results, tmp_path)
+        lines = path.read_text(encoding="utf-8").splitlines()
+        assert [line for line in lines if line.startswith("|") and line not in text] == []

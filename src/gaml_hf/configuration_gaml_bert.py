@@ -40,9 +40,9 @@ class GamlBertConfig(BertConfig):
         ga_mode (`str`, *optional*, defaults to `"soft"`):
             Gradient alignment: `"soft"` (Eq. 6), `"hard"` (Eq. 7) or `"none"` (ML-BERT, Eq. 2). Read by
             [`GamlTrainer`] alone: a stock `Trainer` minimises Eq. 2.
-        ga_granularity (`str`, *optional*, defaults to `"global"`):
-            What shares one angle: `"global"` (all of Θ, the paper's notation), `"layer"` or `"tensor"`. Read with
-            `ga_mode`.
+        ga_granularity (`str`, *optional*, defaults to `"layer"`):
+            What shares one angle: `"global"` (all of Θ, the letter of the paper, with which shallow exits may never
+            learn: docs/experiments.md), `"layer"` or `"tensor"`. Read with `ga_mode`.
         exit_strategy (`str`, *optional*, defaults to `"none"`):
             When a row leaves: `"none"` (all layers), `"budgeted"`, `"patience"`, `"entropy"` or `"max_prob"`. Read at
             inference, like the three below.
@@ -67,7 +67,7 @@ class GamlBertConfig(BertConfig):
     kd_temperature: float | int = 1.0
     alpha: float | int = 0.2
     ga_mode: Literal["none", "soft", "hard"] = "soft"
-    ga_granularity: Literal["global", "layer", "tensor"] = "global"
+    ga_granularity: Literal["global", "layer", "tensor"] = "layer"
     exit_strategy: str = "none"
     budgeted_exit: int | None = None
     patience: int | None = None
