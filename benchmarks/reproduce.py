@@ -153,6 +153,7 @@ def recipe(task_name: str, system: str, options: argparse.Namespace, searched: b
         epochs=options.epochs,
         max_train_rows=options.max_train_rows,
         bf16=options.bf16,
+        ga_granularity=options.ga_granularity,
         **chosen,
     )
 
@@ -206,6 +207,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch_sizes", nargs="+", type=int)
     parser.add_argument("--warmups", nargs="+", type=float, help="in epochs")
     parser.add_argument("--alphas", nargs="+", type=float)
+    parser.add_argument(
+        "--ga_granularity", choices=["global", "layer", "tensor"], default=Run.ga_granularity, help="but for `ga`: all"
+    )
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument("--max_train_rows", type=int)
     parser.add_argument("--bf16", action="store_true", help="train under bfloat16 autocast")

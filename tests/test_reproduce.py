@@ -315,6 +315,8 @@ def test_the_grid_and_its_winner(settings, capsys):
     options.learning_rates = [3e-5]
     assert reproduce.recipe("cola", "ml", options).learning_rate == 3e-5
     assert reproduce.recipe("rte", "ml", options).batch_size == 16  # Table 7
+    options = parse(words(settings, "--ga_granularity", "layer"))
+    assert reproduce.recipe("cola", "gaml-soft", options).ga_granularity == "layer"
 
 
 def test_an_unknown_combination(settings):
