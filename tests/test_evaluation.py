@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification
+from gaml_hf.configuration_gaml_bert import PAPER_LETTER
 from gaml_hf.evaluation import (
     ExitMetrics,
     OperatingPoint,
@@ -55,7 +56,7 @@ def accuracy(predictions: np.ndarray, references: np.ndarray) -> dict[str, float
 def build(bert_kwargs):
     def build(**kwargs) -> GamlBertForSequenceClassification:
         # Large weights, so that the exits of an untrained model disagree and their confidences spread.
-        config = GamlBertConfig(**bert_kwargs, num_labels=NUM_LABELS, initializer_range=0.5, **kwargs)
+        config = GamlBertConfig(**bert_kwargs, num_labels=NUM_LABELS, initializer_range=0.5, **PAPER_LETTER | kwargs)
         return GamlBertForSequenceClassification(config).eval()
 
     return build

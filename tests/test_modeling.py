@@ -27,7 +27,9 @@ from transformers import (
 )
 
 from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification
+from gaml_hf.configuration_gaml_bert import PAPER_LETTER
 from gaml_hf.exiting_gaml import Budgeted, Entropy, FullDepth, MaxProb, Patience
+from gaml_hf.exits_gaml import RunningNorm
 from reference import ce_loss_reference, kd_loss_reference
 
 
@@ -39,6 +41,12 @@ POLICIES = {
     "max_prob": {"exit_strategy": "max_prob", "exit_threshold": 0.8},
 }
 each_policy = mark.parametrize("policy", POLICIES)
+EXITS = {
+    "paper": PAPER_LETTER,
+    "mean": {"exit_pooling": "mean", "exit_norm": "running"},
+    "mean, layer": {"exit_pooling": "mean", "exit_norm": "layer"},
+}
+each_exit = mark.parametrize("exits", EXITS)
 each_attention = mark.parametrize("attention", ["eager", "sdpa"])
 
 
@@ -49,7 +57,11 @@ def make(bert_kwargs):
     def make(**changes):
         torch.manual_seed(0)
         config = GamlBertConfig(**bert_kwargs | {"num_labels": 3, "initializer_range": 0.3} | changes)
-        return GamlBertForSequenceClassification(config).eval()
+        model = GamlBertForSequenceClassification(config).eval()
+        for module in model.modules():
+            if isinstance(module, RunningNorm):  # as after some steps
+                module.update(0.3 * torch.randn(32), 0.2 + torch.rand(32), momentum=1.0)
+        return model
 
     return make
 
@@ -107,7 +119,12 @@ def test_it_starts_from_any_bert(stock, dtype, bert_kwargs, tmp_path, batch):
     for name, weight in model.bert.state_dict().items():
         assert weight.dtype == dtype
         assert weight.equal(encoder[name]), name
-    assert set(info["missing_keys"]) == {f"exit_classifiers.{m}.{x}" for m in range(1, 5) for x in ("weight", "bias")}
+    names = [f"exit_classifiers.{m}.{x}" for m in range(1, 5) for x in ("weight", "bias")]
+    names += [f"exit_norms.{m}.{x}" for m in range(1, 5) for x in ("mean", "variance")]
+    assert set(info["missing_keys"]) == set(names)
+    for norm in model.exit_norms.values():  # no numbers of a memory that nobody filled
+        assert norm.mean.eq(0).all()
+        assert norm.variance.eq(1).all()
     assert not info["unexpected_keys"]
     assert not model.training
     assert model(**batch).logits.dtype == dtype
@@ -121,11 +138,13 @@ def test_a_shared_pooler_is_berts_own(bert_kwargs, tmp_path):
     assert model.bert.pooler.dense.weight.equal(bert.bert.pooler.dense.weight)
 
 
-@each_attention
-@mark.parametrize("exit_pooler", ["none", "shared", "per_exit"])
-def test_exits_on_stock_hidden_states(attention, exit_pooler, make, batch):
+@each_exit
+@mark.parametrize(
+    ("attention", "exit_pooler"), [("eager", "none"), ("sdpa", "none"), ("sdpa", "shared"), ("sdpa", "per_exit")]
+)
+def test_exits_on_stock_hidden_states(attention, exit_pooler, exits, make, batch):
     """A 4.x loop over 5.x layers takes `layer_outputs[0]`: the first row, not the hidden states."""
-    model = make(attn_implementation=attention, exit_pooler=exit_pooler)
+    model = make(attn_implementation=attention, exit_pooler=exit_pooler, **EXITS[exits])
     output = model(**batch, output_exit_logits=True, output_hidden_states=True)
     expected = stock_hidden_states(model, batch)
     assert len(output.hidden_states) == len(expected) == 5
@@ -133,12 +152,20 @@ def test_exits_on_stock_hidden_states(attention, exit_pooler, make, batch):
         assert_close(ours, stock, rtol=0, atol=0)
     assert output.exit_logits.shape == (16, 4, 3)
     for m in range(1, 5):
-        state = expected[m][:, 0]  # [CLS]
+        rows = zip(expected[m], batch["attention_mask"].sum(dim=1).tolist(), strict=True)
+        state = torch.stack([row[0] if exits == "paper" else sum(row[:length]) / length for row, length in rows])
         if exit_pooler != "none":
             pooler = model.bert.pooler if exit_pooler == "shared" else model.exit_poolers[str(m)]
             state = torch.tanh(F.linear(state, pooler.dense.weight, pooler.dense.bias))
+        if exits == "mean":
+            norm = model.exit_norms[str(m)]
+            state = (state - norm.mean) / norm.variance.sqrt()
+        elif exits == "mean, layer":
+            state = (state - state.mean(dim=1, keepdim=True)) / state.std(dim=1, keepdim=True, correction=0)
         classifier = model.exit_classifiers[str(m)]
-        assert_close(output.exit_logits[:, m - 1], F.linear(state, classifier.weight, classifier.bias))
+        assert_close(
+            output.exit_logits[:, m - 1], F.linear(state, classifier.weight, classifier.bias), rtol=1e-4, atol=1e-4
+        )
 
 
 def test_attentions_are_stock(make, batch):
@@ -152,11 +179,12 @@ def test_attentions_are_stock(make, batch):
 # ----------------------------------------------------------------------------------------------------- dynamic exiting
 
 
+@each_exit
 @each_policy
 @mark.parametrize(("attention", "exit_layers"), [("eager", None), ("sdpa", None), ("sdpa", [1, 2, 4])])
-def test_live_is_replay_is_one_row_alone(attention, policy, exit_layers, make, batch):
+def test_live_is_replay_is_one_row_alone(attention, policy, exits, exit_layers, make, batch):
     """Where a batch waits for its slowest row, or answers with the first row's exit, these three differ."""
-    model = make(attn_implementation=attention, exit_layers=exit_layers, **POLICIES[policy])
+    model = make(attn_implementation=attention, exit_layers=exit_layers, **POLICIES[policy] | EXITS[exits])
     live, replayed = model(**batch), model(**batch, output_exit_logits=True)
     assert live.exit_logits is None
     assert_same(live, replayed)
@@ -169,9 +197,10 @@ def test_live_is_replay_is_one_row_alone(attention, policy, exit_layers, make, b
         assert_same(model(**alone(batch, row), output_exit_logits=True), live, [row])
 
 
+@each_exit
 @each_policy
-def test_a_row_knows_no_neighbours(policy, make, batch):
-    model = make(**POLICIES[policy])
+def test_a_row_knows_no_neighbours(policy, exits, make, batch):
+    model = make(**POLICIES[policy] | EXITS[exits])
     expected = model(**batch)
     order = torch.randperm(16)
     assert_same(model(**rows_of(batch, order)), expected, order)
@@ -183,10 +212,11 @@ def test_a_row_knows_no_neighbours(policy, make, batch):
     assert_same(model(**embeds, **{name: batch[name] for name in ("attention_mask", "token_type_ids")}), expected)
 
 
-@mark.parametrize("first", [True, False])
-def test_work_is_done_for_the_tokens_still_there_alone(first, make, batch):
+@mark.parametrize(("pooling", "first"), [("cls", True), ("cls", False), ("mean", True)])
+def test_work_is_done_for_the_tokens_still_there_alone(pooling, first, make, batch):
     """Counted in tokens: no padding is ever multiplied; and where [CLS] goes first, a row that leaves stops there."""
-    model = make()
+    model = make(exit_pooling=pooling)
+    reads_cls = pooling == "cls"
     policy = Patience(1)
     policy.may_exit = lambda history: torch.full(history.shape[:1], first)
     batch = {name: F.pad(values, (0, 9)) for name, values in batch.items()}
@@ -204,7 +234,9 @@ def test_work_is_done_for_the_tokens_still_there_alone(first, make, batch):
     tokens = [int(lengths[exit_layer >= m].sum()) for m in range(1, 5)]
     leaving = [int((lengths - 1)[exit_layer == m].sum()) for m in range(1, 5)]  # all but [CLS]
     assert keys == tokens
-    assert queries == [n - less * (first or m == 4) for m, n, less in zip(range(1, 5), tokens, leaving, strict=True)]
+    assert queries == [
+        n - less * (reads_cls and (first or m == 4)) for m, n, less in zip(range(1, 5), tokens, leaving, strict=True)
+    ]
     assert tokens[0] > tokens[2] > tokens[3] > 0
     keys[:] = [0] * 4
     model(**batch, exit_policy=Budgeted(2))
@@ -213,7 +245,7 @@ def test_work_is_done_for_the_tokens_still_there_alone(first, make, batch):
 
 def test_unsure_rows_get_the_last_answer(make, batch):
     """Not zeros, and not two classes."""
-    model = make(exit_strategy="entropy", exit_threshold=0.0, num_labels=5)
+    model = make(exit_strategy="entropy", exit_threshold=0.0, num_labels=5, **PAPER_LETTER)
     output = model(**batch)
     assert output.exit_layer.tolist() == [4] * 16
     last = stock_hidden_states(model, batch)[4][:, 0]

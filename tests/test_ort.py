@@ -11,7 +11,9 @@ from pytest import fixture, mark, raises
 from torch.testing import assert_close
 
 from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification, GamlTextClassificationPipeline
+from gaml_hf.configuration_gaml_bert import PAPER_LETTER
 from gaml_hf.exiting_gaml import Budgeted, Entropy, FullDepth, MaxProb, Patience
+from gaml_hf.exits_gaml import RunningNorm
 from gaml_hf.ort import GamlOrtModelForSequenceClassification, export_onnx
 
 
@@ -29,6 +31,9 @@ def make_model(bert_kwargs, **changes) -> GamlBertForSequenceClassification:
                 weight *= 30 if name.startswith("exit_class") else 6
             elif name.endswith("bias"):
                 weight += 0.1 * torch.randn_like(weight)
+        for module in model.modules():
+            if isinstance(module, RunningNorm):  # as after some steps
+                module.update(0.3 * torch.randn(32), 0.2 + torch.rand(32), momentum=1.0)
     return model
 
 
@@ -67,6 +72,10 @@ def model(bert_kwargs):
         {"exit_layers": [4]},
         {"exit_pooler": "shared"},
         {"exit_pooler": "per_exit", "exit_layers": [1, 3, 4]},
+        {"exit_norm": "layer"},
+        {"exit_norm": "none", "exit_pooler": "shared"},
+        PAPER_LETTER,
+        PAPER_LETTER | {"exit_pooler": "per_exit", "exit_norm": "running"},
         {"exit_temperatures": [0.5, 2.0, 1.0, 3.0]},
         {"hidden_act": "relu"},
         {"hidden_act": "gelu_new"},
@@ -162,23 +171,25 @@ def test_int8_weights_are_a_quarter_and_exits_stay_fp32(model, tmp_path):
         assert types["exit.weight"] == onnx.TensorProto.FLOAT
 
 
-def test_a_layer_behind_which_nobody_goes_on_runs_for_cls_alone(model, tmp_path):
+@mark.parametrize(("pooling", "queries"), [("cls", 1), ("mean", 7)])
+def test_a_layer_behind_which_nobody_goes_on_runs_for_what_the_exit_reads(pooling, queries, bert_kwargs, tmp_path):
+    model = make_model(bert_kwargs, exit_pooling=pooling)
     runtime = load(model, tmp_path)
     shapes = []
     run_layer = runtime._run_layer
 
-    def spy(m, hidden_states, mask, cls_only):
-        output = run_layer(m, hidden_states, mask, cls_only)
+    def spy(m, hidden_states, mask, is_last):
+        output = run_layer(m, hidden_states, mask, is_last)
         shapes.append((m, output[0].shape[1]))
         return output
 
     runtime._run_layer = spy
     input_ids = torch.randint(model.config.vocab_size, (2, 7))
     runtime(input_ids, exit_policy=Budgeted(2))
-    assert shapes == [(1, 7), (2, 1)]
+    assert shapes == [(1, 7), (2, queries)]
     shapes.clear()
     runtime(input_ids, exit_policy=FullDepth())
-    assert shapes == [(1, 7), (2, 7), (3, 7), (4, 1)]
+    assert shapes == [(1, 7), (2, 7), (3, 7), (4, queries)]
 
 
 def test_rows_that_left_and_their_padding_are_dropped(model, tmp_path):
@@ -193,7 +204,7 @@ def test_rows_that_left_and_their_padding_are_dropped(model, tmp_path):
     runtime = load(model, tmp_path)
     shapes = []
     run_layer = runtime._run_layer
-    runtime._run_layer = lambda m, h, mask, cls_only: shapes.append(mask.shape) or run_layer(m, h, mask, cls_only)
+    runtime._run_layer = lambda m, h, mask, is_last: shapes.append(mask.shape) or run_layer(m, h, mask, is_last)
     lengths = torch.tensor([3, 5, 7, 9])
     mask = (torch.arange(12) < lengths[:, None]).long()
     output = runtime(torch.ones(4, 12, dtype=torch.long), mask, exit_policy=LongestLeaves())

@@ -11,6 +11,17 @@ from transformers import BertConfig
 from .exiting_gaml import policy_from_config
 
 
+# The letter of the paper, where our defaults depart from it: fields of [`GamlBertConfig`].
+PAPER_LETTER = {
+    "exit_pooling": "cls",  # Sec. 6.4
+    "exit_norm": "none",
+    "exit_learning_rate_multiplier": 1.0,
+    "exit_warm_start": False,
+    "kd_reduction": "sum",  # Eq. 3
+    "ga_granularity": "global",  # Eqs. 4-7
+}
+
+
 @strict
 class GamlBertConfig(BertConfig):
     """
@@ -21,9 +32,22 @@ class GamlBertConfig(BertConfig):
     Args:
         exit_layers (`list[int]`, *optional*):
             Layers that carry an exit, rising; the last one must be the last layer. Defaults to all layers.
+        exit_pooling (`str`, *optional*, defaults to `"mean"`):
+            What an exit reads of its layer: the `"mean"` over the tokens, or the state of [CLS], `"cls"` (the paper,
+            Sec. 6.4), which in shallow layers holds next to nothing of the text (docs/choices.md).
         exit_pooler (`str`, *optional*, defaults to `"none"`):
-            What stands between the [CLS] state and the linear exit: `"none"` (the paper, Sec. 6.4), `"shared"` (BERT's
+            What stands between that and the linear exit: `"none"` (the paper, Sec. 6.4), `"shared"` (BERT's
             pooler for all exits, as in PABEE) or `"per_exit"`.
+        exit_norm (`str`, *optional*, defaults to `"running"`):
+            What scales the input of the linear exit, without parameters: `"running"` (each feature by its mean and
+            deviation over the training rows of the steps before, kept by [`GamlTrainer`]; with a stock `Trainer` they
+            stay as they are), `"layer"` (LayerNorm) or `"none"` (the paper).
+        exit_learning_rate_multiplier (`float`, *optional*, defaults to 10.0):
+            The exits learn at this many times the learning rate of the encoder; above 0, 1 in the paper. Read by
+            [`GamlTrainer`].
+        exit_warm_start (`bool`, *optional*, defaults to `True`):
+            Whether new exits start at a logistic regression on what the layers of the checkpoint already tell, and not
+            at random. Read by [`GamlTrainer`].
         exit_loss_weights (`str`, *optional*, defaults to `"linear"`):
             Weights of the exits in L^CE: `"linear"` (Eq. 1), `"uniform"`, or `"last"` (plain fine-tuning). Read in
             training.
@@ -43,6 +67,11 @@ class GamlBertConfig(BertConfig):
         ga_granularity (`str`, *optional*, defaults to `"layer"`):
             What shares one angle: `"global"` (all of Θ, the letter of the paper, with which shallow exits may never
             learn: docs/experiments.md), `"layer"` or `"tensor"`. Read with `ga_mode`.
+        stop_gradient_between_exits (`bool`, *optional*, defaults to `False`):
+            Whether a layer learns from the next exit above it alone (SWEET: Rotem et al., 2023). Read in training.
+        mixed_training (`float`, *optional*, defaults to 0.0):
+            Share of the training steps, in `[0, 1)`, in which the last exit learns alone, before all do (Kubaty et
+            al., 2025). Read by [`GamlTrainer`].
         exit_strategy (`str`, *optional*, defaults to `"none"`):
             When a row leaves: `"none"` (all layers), `"budgeted"`, `"patience"`, `"entropy"` or `"max_prob"`. Read at
             inference, like the three below.
@@ -60,7 +89,11 @@ class GamlBertConfig(BertConfig):
     model_type = "gaml_bert"
 
     exit_layers: list[int] | None = None
+    exit_pooling: Literal["cls", "mean"] = "mean"
     exit_pooler: Literal["none", "shared", "per_exit"] = "none"
+    exit_norm: Literal["none", "layer", "running"] = "running"
+    exit_learning_rate_multiplier: float | int = 10.0
+    exit_warm_start: bool = True
     exit_loss_weights: Literal["linear", "uniform", "last"] = "linear"
     distillation: Literal["mutual", "last_to_all", "none"] | list[list[int]] = "mutual"
     kd_reduction: Literal["sum", "mean"] = "mean"
@@ -68,6 +101,8 @@ class GamlBertConfig(BertConfig):
     alpha: float | int = 0.2
     ga_mode: Literal["none", "soft", "hard"] = "soft"
     ga_granularity: Literal["global", "layer", "tensor"] = "layer"
+    stop_gradient_between_exits: bool = False
+    mixed_training: float | int = 0.0
     exit_strategy: str = "none"
     budgeted_exit: int | None = None
     patience: int | None = None
@@ -121,6 +156,8 @@ class GamlBertConfig(BertConfig):
             )
         if model_type == "bert":  # else the config would go on calling itself "bert"
             config_dict = {key: value for key, value in config_dict.items() if key != "model_type"}
+        elif "exit_pooling" not in config_dict:  # of a time when every exit read [CLS], as it is
+            config_dict = {**config_dict, "exit_pooling": "cls", "exit_norm": "none"}
         return config_dict, kwargs
 
     @classmethod
@@ -171,6 +208,16 @@ class GamlBertConfig(BertConfig):
         if not 0 < self.kd_temperature < float("inf"):
             raise ValueError(
                 f"`kd_temperature` must be a finite number above 0. Got `kd_temperature={self.kd_temperature}`."
+            )
+        if not 0 < self.exit_learning_rate_multiplier < float("inf"):
+            raise ValueError(
+                "`exit_learning_rate_multiplier` must be a finite number above 0. "
+                f"Got `exit_learning_rate_multiplier={self.exit_learning_rate_multiplier}`."
+            )
+        if not 0 <= self.mixed_training < 1:
+            raise ValueError(
+                "`mixed_training` must be a share of the steps, in [0, 1). "
+                f"Got `mixed_training={self.mixed_training}`."
             )
         if isinstance(self.distillation, list):
             for pair in self.distillation:
@@ -226,4 +273,4 @@ def _check_class_numbers(id2label: Any) -> None:
         ) from None
 
 
-__all__ = ["GamlBertConfig"]
+__all__ = ["PAPER_LETTER", "GamlBertConfig"]

@@ -5,9 +5,9 @@ A batch of texts is kept as one list of tokens, `(num_tokens, hidden_size)`: fir
 other tokens row by row. Linear layers, activations and LayerNorm run on this list, so padding costs them nothing.
 Attention alone looks at rows, and puts its tokens on a grid `(num_rows, length)` for that.
 
-An exit reads [CLS] and nothing else. Where rows may leave, [CLS] goes first ([`run_cls`]): keys and values of all
-tokens, but query, attention and feed-forward of [CLS] alone. After the decision [`run_rest`] completes the layer for
-the rows that stay. A row that leaves has saved about 10/12 of its last layer.
+An exit may read [CLS] and nothing else (`exit_pooling="cls"`). Then, where rows may leave, [CLS] goes first
+([`run_cls`]): keys and values of all tokens, but query, attention and feed-forward of [CLS] alone. After the decision
+[`run_rest`] completes the layer for the rows that stay. A row that leaves has saved about 10/12 of its last layer.
 
 These functions know a layer by the names of BERT's parts, which RoBERTa and ELECTRA share.
 """
@@ -73,6 +73,16 @@ class Layout:
     def pack(self, hidden_states: Tensor) -> Tensor:
         """`(num_rows, sequence_length, hidden_size)` to the list of tokens, `(num_tokens, hidden_size)`."""
         return hidden_states[:, : self.length].flatten(0, 1).index_select(0, self.rows.place)
+
+    def unpack(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """
+        The list of tokens on the grid, `(num_rows, length, hidden_size)`, and where the grid holds one,
+        `(num_rows, length)`, or `None` where it does everywhere.
+        """
+        rows = self.rows
+        if not rows.in_order:
+            tokens = tokens.index_select(0, rows.grid.flatten())
+        return tokens.view(*self.grid.shape, -1), None if rows.mask is None else rows.mask[:, 0, 0]
 
     def keep(self, kept: Tensor) -> tuple["Layout", Tensor]:
         """

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import BertModel, BertPreTrainedModel
+from transformers import BertModel, BertPreTrainedModel, initialization
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.bert.modeling_bert import BertPooler
 from transformers.utils import ModelOutput, cached_file
@@ -18,6 +18,7 @@ from .checksums_gaml import verify_weights, weight_files, write_checksum
 from .configuration_gaml_bert import GamlBertConfig
 from .engine_gaml import LAYER_FUNCTIONS, Layout, PrepackedLinear
 from .exiting_gaml import ExitPolicy, policy_from_config
+from .exits_gaml import RunningNorm, layer_norm, mean_over_tokens
 
 # Not used here: a save copies only the files that this one imports. Inference Endpoints look for the handler, and the
 # config names the pipeline.
@@ -39,6 +40,8 @@ class GamlSequenceClassifierOutput(ModelOutput):
             The layer at which each row left, from 1.
         exit_logits (`torch.Tensor` of shape `(batch_size, num_exits, num_labels)`, *optional*):
             Logits of every exit; returned in training, with `labels`, and with `output_exit_logits=True`.
+        exit_states (`torch.Tensor` of shape `(batch_size, num_exits, hidden_size)`, *optional*):
+            What each exit read, before `exit_norm`, without a gradient; returned with `output_exit_states=True`.
         ce_loss (`torch.Tensor` of shape `()`, *optional*, returned with `labels`): L^CE of Eq. 1.
         kd_loss (`torch.Tensor` of shape `()`, *optional*, returned with `labels`): L^KD of Eq. 3.
         hidden_states (`tuple(torch.Tensor)`, *optional*, returned with `output_hidden_states=True`):
@@ -51,6 +54,7 @@ class GamlSequenceClassifierOutput(ModelOutput):
     logits: Tensor | None = None
     exit_layer: Tensor | None = None
     exit_logits: Tensor | None = None
+    exit_states: Tensor | None = None
     ce_loss: Tensor | None = None
     kd_loss: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
@@ -59,7 +63,7 @@ class GamlSequenceClassifierOutput(ModelOutput):
 
 class GamlBertForSequenceClassification(BertPreTrainedModel):
     """
-    GAML-BERT: BERT with a linear classifier on the [CLS] state of each exit layer (Zhu et al., 2021, Secs. 2.2, 6.4).
+    GAML-BERT: BERT with a linear classifier at each exit layer (Zhu et al., 2021, Secs. 2.2, 6.4).
 
     `from_pretrained` starts from any BERT checkpoint, whose encoder it keeps and whose exits are then new, or from a
     GAML-BERT checkpoint, which must hold every exit that the config names.
@@ -88,7 +92,18 @@ class GamlBertForSequenceClassification(BertPreTrainedModel):
         )
         if config.exit_pooler == "per_exit":
             self.exit_poolers = nn.ModuleDict({str(m): BertPooler(config) for m in config.exit_layers})
+        if config.exit_norm == "running":
+            self.exit_norms = nn.ModuleDict({str(m): RunningNorm(config.hidden_size) for m in config.exit_layers})
+        self.exits_are_new = True  # not trained yet; see `from_pretrained`
+        self.last_exit_alone = False  # whether the others do not learn now; see `mixed_training`
         self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, RunningNorm):
+            initialization.zeros_(module.mean)
+            initialization.ones_(module.variance)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
@@ -124,6 +139,7 @@ class GamlBertForSequenceClassification(BertPreTrainedModel):
                 f"names, the first of them `{missing[0]}`. Load it with the `num_hidden_layers`, `exit_layers` and "
                 "`exit_pooler` it was trained with."
             )
+        model.exits_are_new = not is_gaml
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory, *args, is_main_process: bool = True, **kwargs):
@@ -149,6 +165,7 @@ class GamlBertForSequenceClassification(BertPreTrainedModel):
         *,
         exit_policy: ExitPolicy | None = None,
         output_exit_logits: bool = False,
+        output_exit_states: bool = False,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
     ) -> GamlSequenceClassifierOutput:
@@ -167,6 +184,7 @@ class GamlBertForSequenceClassification(BertPreTrainedModel):
             labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*): classes, in `[0, num_labels - 1]`.
             exit_policy ([`ExitPolicy`], *optional*): decides for this call. Defaults to the config's.
             output_exit_logits (`bool`): return the logits of all exits.
+            output_exit_states (`bool`): return what each exit read.
             output_hidden_states, output_attentions (`bool`, *optional*): return these of all layers.
 
         Returns:
@@ -183,14 +201,15 @@ class GamlBertForSequenceClassification(BertPreTrainedModel):
         self._check_inputs(input_ids, inputs_embeds, attention_mask, token_type_ids, labels, output_attentions)
         hidden_states = self._embed(input_ids, inputs_embeds, token_type_ids, position_ids)
 
-        need_all = labels is not None or output_exit_logits or output_hidden_states or output_attentions
+        need_all = labels is not None or output_exit_logits or output_exit_states
+        need_all |= output_hidden_states or output_attentions
         if not self.training and not need_all:
             logits, exit_layer = self._exit_early(
                 hidden_states, attention_mask, exit_policy or policy_from_config(self.config)
             )
             return GamlSequenceClassifierOutput(logits=logits, exit_layer=exit_layer)
 
-        exit_logits = self._run_all_exits(hidden_states, attention_mask)  # (batch_size, num_exits, num_labels)
+        exit_logits, exit_states = self._run_all_exits(hidden_states, attention_mask)
         if self.training:
             logits, exit_layer = exit_logits[:, -1], None
         else:
@@ -201,7 +220,13 @@ class GamlBertForSequenceClassification(BertPreTrainedModel):
         if labels is not None:
             loss, ce_loss, kd_loss = self._losses(exit_logits, labels)
         return GamlSequenceClassifierOutput(
-            loss=loss, logits=logits, exit_layer=exit_layer, exit_logits=exit_logits, ce_loss=ce_loss, kd_loss=kd_loss
+            loss=loss,
+            logits=logits,
+            exit_layer=exit_layer,
+            exit_logits=exit_logits,
+            exit_states=exit_states.detach() if output_exit_states else None,
+            ce_loss=ce_loss,
+            kd_loss=kd_loss,
         )
 
     def truncate(self, exit_layer: int) -> "GamlBertForSequenceClassification":
@@ -256,27 +281,49 @@ class GamlBertForSequenceClassification(BertPreTrainedModel):
     def _run_layer(self, m: int, hidden_states: Tensor, layer_mask: Tensor | None) -> Tensor:
         return self.bert.encoder.layer[m - 1](hidden_states, layer_mask)
 
-    def _run_exit(self, m: int, hidden_states: Tensor) -> Tensor:
-        """Logits of exit m, `f_m` before its softmax: `(batch_size, num_labels)`."""
+    # An exit: pool the tokens, transform (`exit_pooler`), scale (`exit_norm`), classify.
+
+    def _pool(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """`(batch_size, sequence_length, hidden_size)` to `(batch_size, hidden_size)`."""
+        if self.config.exit_pooling == "cls":
+            return hidden_states[:, 0]
+        return mean_over_tokens(hidden_states, attention_mask)
+
+    def _transform(self, m: int, pooled: Tensor) -> Tensor:
         if self.config.exit_pooler == "shared":
-            state = self.bert.pooler(hidden_states)
-        elif self.config.exit_pooler == "per_exit":
-            state = self.exit_poolers[str(m)](hidden_states)
-        else:
-            state = hidden_states[:, 0]  # [CLS]
-        logits = self.exit_classifiers[str(m)](self.dropout(state))
+            return self.bert.pooler(pooled[:, None])
+        if self.config.exit_pooler == "per_exit":
+            return self.exit_poolers[str(m)](pooled[:, None])
+        return pooled
+
+    def scale_exit_state(self, m: int, state: Tensor) -> Tensor:
+        """What `exit_norm` makes of the input of exit m, `(batch_size, hidden_size)` to the same."""
+        if self.config.exit_norm == "running":
+            return self.exit_norms[str(m)](state)
+        return layer_norm(state) if self.config.exit_norm == "layer" else state
+
+    def _classify(self, m: int, state: Tensor) -> Tensor:
+        logits = self.exit_classifiers[str(m)](self.dropout(self.scale_exit_state(m, state)))
         if self.config.exit_temperatures is not None and not self.training:
             logits = logits / self.config.exit_temperatures[self.config.exit_layers.index(m)]
         return logits
 
-    def _run_all_exits(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
+    def _run_exit(self, m: int, pooled: Tensor) -> Tensor:
+        """Logits of exit m, `f_m` before its softmax: `(batch_size, hidden_size)` to `(batch_size, num_labels)`."""
+        return self._classify(m, self._transform(m, pooled))
+
+    def _run_all_exits(self, hidden_states: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Of every exit, the logits `(batch_size, num_exits, num_labels)`, and the states that it scaled."""
         layer_mask = self._layer_mask(hidden_states, attention_mask)
-        exit_logits = []
+        exit_logits, exit_states = [], []
         for m in range(1, self.config.num_hidden_layers + 1):
             hidden_states = self._run_layer(m, hidden_states, layer_mask)
             if m in self.config.exit_layers:
-                exit_logits.append(self._run_exit(m, hidden_states))
-        return torch.stack(exit_logits, dim=1)  # (batch_size, num_exits, num_labels)
+                exit_states.append(self._transform(m, self._pool(hidden_states, attention_mask)))
+                exit_logits.append(self._classify(m, exit_states[-1]))
+                if self.config.stop_gradient_between_exits:  # SWEET: no layer has a gradient from two exits
+                    hidden_states = hidden_states.detach()
+        return torch.stack(exit_logits, dim=1), torch.stack(exit_states, dim=1)
 
     def _exit_early(
         self, hidden_states: Tensor, attention_mask: Tensor | None, policy: ExitPolicy
@@ -298,17 +345,18 @@ class GamlBertForSequenceClassification(BertPreTrainedModel):
         rows = list(range(batch_size))  # numbers in the batch of the rows still there
         left: list[tuple[list[int], Tensor, int]] = []  # rows, their logits, and the layer at which they left
         history = hidden_states.new_empty(batch_size, 0, self.config.num_labels)  # (rows, num_exits_run, num_labels)
-        cls_first = bool(policy.may_exit(history).any())
+        reads_cls = self.config.exit_pooling == "cls"
+        cls_first = reads_cls and bool(policy.may_exit(history).any())
         for m, layer in enumerate(self.bert.encoder.layer, start=1):
             if m not in self.config.exit_layers:
                 tokens = run_layer(layer, tokens, layout.rows)
                 continue
-            if cls_first or m == last:
-                cls, key, value = run_cls(layer, tokens, layout.rows)
+            if cls_first or (reads_cls and m == last):
+                pooled, key, value = run_cls(layer, tokens, layout.rows)
             else:
                 tokens = run_layer(layer, tokens, layout.rows)
-                cls = tokens[: len(rows)]
-            answer = self._run_exit(m, cls[:, None])  # (rows, num_labels)
+                pooled = tokens[: len(rows)] if reads_cls else mean_over_tokens(*layout.unpack(tokens))
+            answer = self._run_exit(m, pooled)  # (rows, num_labels)
             if m == last:
                 break
             history = torch.cat([history.to(answer.dtype), answer[:, None]], dim=1)
@@ -326,13 +374,13 @@ class GamlBertForSequenceClassification(BertPreTrainedModel):
                 kept = layout.to_device(kept)
                 history = history[kept]
                 if cls_first:
-                    cls, key, value = cls[kept], key[kept, :, : layout.length], value[kept, :, : layout.length]
+                    pooled, key, value = pooled[kept], key[kept, :, : layout.length], value[kept, :, : layout.length]
                 tokens = tokens.index_select(0, numbers)
             if cls_first and layout.length == 1:
-                tokens = cls
+                tokens = pooled
             elif cls_first:
-                tokens = torch.cat([cls, run_rest(layer, tokens[len(rows) :], key, value, layout.rows)])
-            cls_first = any(may_exit)
+                tokens = torch.cat([pooled, run_rest(layer, tokens[len(rows) :], key, value, layout.rows)])
+            cls_first = reads_cls and any(may_exit)
         left.append((rows, answer, m))
         order = layout.to_device(torch.tensor([row for numbers, _, _ in left for row in numbers]))
         exit_layer = layout.to_device(torch.tensor([m for numbers, _, m in left for _ in numbers]))
@@ -382,9 +430,10 @@ class GamlBertForSequenceClassification(BertPreTrainedModel):
 
     def _losses(self, exit_logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """L, L^CE and L^KD of Eqs. 2, 1 and 3. Where nothing distils (PABEE's training), L is L^CE."""
-        config = self.config
-        ce_loss = cross_entropy_loss(exit_logits, labels, exit_weights(config.exit_layers, config.exit_loss_weights))
-        pairs = distillation_pairs(config.distillation, config.exit_layers)
+        config, alone = self.config, self.last_exit_alone
+        weights = exit_weights(config.exit_layers, "last" if alone else config.exit_loss_weights)
+        ce_loss = cross_entropy_loss(exit_logits, labels, weights)
+        pairs = [] if alone else distillation_pairs(config.distillation, config.exit_layers)
         kd_loss = distillation_loss(
             exit_logits,
             pairs,

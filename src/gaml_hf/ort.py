@@ -222,13 +222,27 @@ def _layer_graph(model: GamlBertForSequenceClassification, m: int, precision: st
     outputs = {output: ["batch_size", "num_queries_run", size]}
     if m in config.exit_layers:
         # In fp32 at either precision. A shared pooler is in every layer's graph, for a session holds its own weights.
-        state = graph.node("Gather", [output, graph.weight("first", np.array(0))], "cls", axis=1)
+        if config.exit_pooling == "cls":
+            state = graph.node("Gather", [output, graph.weight("first", np.array(0))], "cls", axis=1)
+        else:  # the mask, divided by its sum, times the tokens
+            mask = graph.node("Cast", ["attention_mask"], "mask", to=onnx.TensorProto.FLOAT)
+            count = graph.node("ReduceSum", [mask, graph.weight("last", np.array([1]))], "count", keepdims=1)
+            share = graph.node("Unsqueeze", [graph.node("Div", [mask, count], "share"), "last"], "shares")
+            state = graph.node("Squeeze", [graph.node("MatMul", [share, output], "means"), "last"], "mean")
         if config.exit_pooler != "none":
             pooler = (model.bert.pooler if config.exit_pooler == "shared" else model.exit_poolers[str(m)]).dense
             pooler_weights = [graph.weight("pooler.weight", pooler.weight), graph.weight("pooler.bias", pooler.bias)]
             state = graph.node("Tanh", [graph.node("Gemm", [state, *pooler_weights], "pooler", transB=1)], "pooled")
+        if config.exit_norm == "layer":
+            ones = graph.weight("exit_norm.weight", np.ones(size, dtype=np.float32))
+            state = graph.node("LayerNormalization", [state, ones], "scaled", epsilon=1e-5)
         exit_ = model.exit_classifiers[str(m)]
-        exit_weights = [graph.weight("exit.weight", exit_.weight), graph.weight("exit.bias", exit_.bias)]
+        weight, bias = exit_.weight.float(), exit_.bias.float()
+        if config.exit_norm == "running":  # W ((x - mean) * scale) + b = (W * scale) x + b - (W * scale) mean
+            norm = model.exit_norms[str(m)]
+            weight = weight * norm.scale()
+            bias = bias - weight @ norm.mean.float()
+        exit_weights = [graph.weight("exit.weight", weight), graph.weight("exit.bias", bias)]
         graph.node("Gemm", [state, *exit_weights], "exit_logits", transB=1)
         outputs["exit_logits"] = ["batch_size", config.num_labels]
     return graph.build(
@@ -256,7 +270,7 @@ class GamlOrtModelForSequenceClassification:
     In fp32, rows that leave are dropped between layers, and the padding that none of the others needs is cut. In int8,
     rows run one by one without their padding: activations are quantized with one scale for all that runs together, so
     a row's answer would depend on its neighbours. A layer behind which no row goes on (the last one, or the budgeted
-    exit) is computed for [CLS] alone.
+    exit) is computed for [CLS] alone, where exits read nothing else.
 
     Make one with `from_pretrained`.
     """
@@ -387,8 +401,9 @@ class GamlOrtModelForSequenceClassification:
         (hidden_states,) = self._segments[0].run(None, {"input_ids": ids, "token_type_ids": types})
         return hidden_states, np.ascontiguousarray(mask[:, :longest])
 
-    def _run_layer(self, m: int, hidden_states, mask, cls_only: bool) -> tuple[np.ndarray, np.ndarray | None]:
+    def _run_layer(self, m: int, hidden_states, mask, is_last: bool) -> tuple[np.ndarray, np.ndarray | None]:
         """Hidden states behind layer m, and the logits of its exit, `(batch_size, num_labels)`, if it has one."""
+        cls_only = is_last and self.config.exit_pooling == "cls"  # which nothing else reads any more
         num_queries = np.array([1 if cls_only else hidden_states.shape[1]])
         feeds = {"hidden_states": hidden_states, "attention_mask": mask, "num_queries": num_queries}
         hidden_states, *exit_logits = self._segments[m].run(None, feeds)
@@ -402,7 +417,7 @@ class GamlOrtModelForSequenceClassification:
         hidden_states, mask = self._embed(input_ids, token_type_ids, mask)
         last, answers = self.config.num_hidden_layers, []
         for m in range(1, last + 1):
-            hidden_states, answer = self._run_layer(m, hidden_states, mask, cls_only=m == last)
+            hidden_states, answer = self._run_layer(m, hidden_states, mask, is_last=m == last)
             if answer is not None:
                 answers.append(answer)
         exit_logits = np.stack(answers, axis=1)  # (batch_size, num_exits, num_labels)
@@ -421,7 +436,7 @@ class GamlOrtModelForSequenceClassification:
         if isinstance(policy, Budgeted):  # all rows leave there, which saves the decision too
             last = config.exit_layers[min(policy.num_exits, config.num_exits) - 1]
         for m in range(1, last + 1):
-            hidden_states, answer = self._run_layer(m, hidden_states, mask, cls_only=m == last)
+            hidden_states, answer = self._run_layer(m, hidden_states, mask, is_last=m == last)
             if answer is None:
                 continue
             # Written for every row still there; a row that stays writes again at a later exit.
