@@ -44,6 +44,7 @@ from transformers import (
 
 from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification, GamlTrainer, __version__, plots
 from gaml_hf.checkpoints import training_checkpoints
+from gaml_hf.configuration_gaml_bert import PAPER_LETTER
 from gaml_hf.data_checks import column_values
 from gaml_hf.evaluation import (
     ExitMetrics,
@@ -54,10 +55,12 @@ from gaml_hf.evaluation import (
     flops_speed_up,
     latency_speed_up,
     layer_speed_up,
+    one_class_exits,
     overthinking,
     replay,
     score_exits,
     sweep,
+    warn_of_one_class,
 )
 from gaml_hf.exiting_gaml import EXIT_POLICIES
 from gaml_hf.glue import GLUE_TASKS, GlueMetric, get_task, selection_scorer
@@ -134,7 +137,29 @@ class GamlArguments:
     """The exits: how they are trained, and when a text leaves. `None` keeps what the model's config says."""
 
     exit_layers: list[int] | None = field(default=None, metadata={"help": "Layers with an exit. Defaults to all."})
+    paper_letter: bool = field(
+        default=False,
+        metadata={"help": "Exits, losses and alignment to the letter of the paper, but for what else is given."},
+    )
+    exit_pooling: str | None = field(
+        default=None, metadata={"help": "What an exit reads: the mean over the tokens, or cls (the paper)."}
+    )
     exit_pooler: str | None = field(default=None, metadata={"help": "none, shared or per_exit."})
+    exit_norm: str | None = field(
+        default=None, metadata={"help": "What scales an exit's input: running, layer, or none (the paper)."}
+    )
+    exit_learning_rate_multiplier: float | None = field(
+        default=None, metadata={"help": "The exits' learning rate, in times the encoder's; 1 in the paper."}
+    )
+    exit_warm_start: bool | None = field(
+        default=None, metadata={"help": "Start new exits at a regression on the layers as they were pre-trained."}
+    )
+    stop_gradient_between_exits: bool | None = field(
+        default=None, metadata={"help": "Let each layer learn from the next exit above it alone (SWEET)."}
+    )
+    mixed_training: float | None = field(
+        default=None, metadata={"help": "Share of the steps in which the last exit learns alone, before all do."}
+    )
     exit_loss_weights: str | None = field(
         default=None, metadata={"help": "linear (Eq. 1), uniform, or last (plain fine-tuning)."}
     )
@@ -201,7 +226,8 @@ class GamlArguments:
         fields = {key: value for key, value in asdict(self).items() if key in GamlBertConfig.__annotations__}
         if self.policy_is_open:
             fields["exit_strategy"] = None
-        return {key: value for key, value in fields.items() if value is not None}
+        letter = PAPER_LETTER if self.paper_letter else {}
+        return letter | {key: value for key, value in fields.items() if value is not None}
 
 
 @dataclass
@@ -575,6 +601,7 @@ def main(argv: list[str] | None = None) -> dict:
             for key, value in chosen.config_fields().items():
                 setattr(config, key, value)
             run["chosen"] = asdict(chosen)
+        warn_of_one_class(exit_logits, config)
     run["config"] = config.to_dict()
 
     # Scores
@@ -661,6 +688,7 @@ def evaluate(
         "rows": len(part),
         "exits": scores,
         "exit_mean": exit_mean(scores, main_metric),
+        "one_class_exits": one_class_exits(exit_logits, config.exit_layers),
         "policy": policy,
         "overthinking": overthinking(scores, main_metric),
         "most_frequent_class": score(np.full_like(labels, np.bincount(labels).argmax()), labels),
@@ -688,7 +716,8 @@ def score_table(split: str, evaluation: dict, chosen: OperatingPoint | None) -> 
         "exit".ljust(22) + "".join(name.rjust(width) for name in names),
     ]
     for m, scores in evaluation["exits"].items():
-        lines.append(str(m).ljust(22) + "".join(f"{scores[name]:.4f}".rjust(width) for name in names))
+        mark = "  one class" if m in evaluation["one_class_exits"] else ""
+        lines.append(str(m).ljust(22) + "".join(f"{scores[name]:.4f}".rjust(width) for name in names) + mark)
     lines.append("mean over exits".ljust(22) + f"{evaluation['exit_mean']:.4f}".rjust(width))
     policy = evaluation["policy"]
     name = policy["exit_strategy"] + ("" if policy["parameter"] is None else f" {policy['parameter']:.4g}")

@@ -42,6 +42,27 @@ from gaml_hf.glue import GLUE_TASKS, get_task
 LEARNING_RATES, BATCH_SIZES = (1e-5, 2e-5, 3e-5, 5e-5), (16, 32, 128)
 WARMUPS, GRID_ALPHAS = (0.8, 1.0, 1.2), (0.1, 0.2, 0.3, 0.5, 0.8)
 
+# What an exit reads, how it is scaled, how fast it learns and where it starts: from the paper's exits to ours, each
+# ingredient alone, and together with one of them changed.
+LEARNING = {
+    "exit_pooling": "mean",
+    "exit_norm": "running",
+    "exit_learning_rate_multiplier": 10.0,
+    "exit_warm_start": True,
+}
+EXIT_VARIANTS = [
+    {},
+    *({name: value} for name, value in LEARNING.items()),
+    LEARNING | {"exit_pooling": "cls"},
+    LEARNING | {"exit_norm": "none"},
+    LEARNING | {"exit_norm": "layer"},
+    LEARNING | {"exit_learning_rate_multiplier": 1.0},
+    LEARNING | {"exit_warm_start": False},
+    LEARNING | {"exit_warm_start": False, "exit_norm": "none"},
+    LEARNING | {"exit_warm_start": False, "exit_norm": "layer"},
+    LEARNING,
+]
+
 
 def experiment(name: str, options: argparse.Namespace, depth: int) -> list[Run]:
     """The trainings that an experiment needs."""
@@ -84,6 +105,9 @@ def experiment(name: str, options: argparse.Namespace, depth: int) -> list[Run]:
         elif name == "fig5":
             for layers in range(1, depth + 1):
                 run("bert", layers=layers)
+        elif name == "exits":
+            for fields in EXIT_VARIANTS:
+                run("multi-exit", **fields)
         elif name == "ga":
             run("multi-exit")
             for reduction, clip in itertools.product(("mean", "sum"), (1.0, 0.0)):
@@ -195,7 +219,7 @@ def seconds_of(run: Run, known: list[dict]) -> float | None:
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiment", choices=[*reports.REPORTS, "grid"])
+    parser.add_argument("experiment", choices=[*reports.REPORTS, "exits", "grid"])
     parser.add_argument("--tasks", nargs="+", default=list(GLUE_TASKS), choices=list(GLUE_TASKS))
     parser.add_argument("--systems", nargs="+", choices=[*EXIT_SYSTEMS, *BASELINES], help="only these")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])

@@ -42,6 +42,7 @@ from transformers import (
 from benchmarks.baselines import BASELINES, Context
 from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification, GamlTrainer
 from gaml_hf.alignment import cos_angle
+from gaml_hf.configuration_gaml_bert import PAPER_LETTER
 from gaml_hf.evaluation import ExitMetrics
 from gaml_hf.glue import GlueMetric, get_task, selection_scorer
 
@@ -71,6 +72,16 @@ SECOND_STAGE = {
 }
 
 
+EXIT_FIELDS = (
+    "exit_pooling",
+    "exit_norm",
+    "exit_learning_rate_multiplier",
+    "exit_warm_start",
+    "stop_gradient_between_exits",
+    "mixed_training",
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """
@@ -87,6 +98,9 @@ class Run:
         exits (`tuple[int, ...]`, *optional*): exit layers; all by default.
         max_grad_norm (`float`): clipping; 0 clips nothing.
         ga_granularity, kd_reduction (`str`): as in [`GamlBertConfig`].
+        exit_pooling, exit_norm, exit_learning_rate_multiplier, exit_warm_start, stop_gradient_between_exits,
+        mixed_training: as in [`GamlBertConfig`], by default as the paper has them. A static baseline takes the first
+            three for its one classifier.
         watch_angle (`bool`): measure γ of Eq. 4 at each step of a training without alignment (Fig. 3).
         fold, folds (`int`, *optional*): fold `fold` of `folds` is set aside, and validation is left alone.
         holdout_fraction (`float`): else, the share of the training rows set aside.
@@ -117,11 +131,26 @@ class Run:
     max_train_rows: int | None = None
     max_length: int = 128
     bf16: bool = False
+    exit_pooling: str = PAPER_LETTER["exit_pooling"]
+    exit_norm: str = PAPER_LETTER["exit_norm"]
+    exit_learning_rate_multiplier: float = PAPER_LETTER["exit_learning_rate_multiplier"]
+    exit_warm_start: bool = PAPER_LETTER["exit_warm_start"]
+    stop_gradient_between_exits: bool = False
+    mixed_training: float = 0.0
+
+    @property
+    def exit_fields(self) -> dict[str, Any]:
+        """What the last fields say of the exits."""
+        return {name: getattr(self, name) for name in EXIT_FIELDS}
 
     @property
     def name(self) -> str:
         """Of its file: readable, and different for any two runs."""
-        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:10]
+        decides = asdict(self)
+        for name in EXIT_FIELDS:  # left out where they are the paper's, as before there was a choice
+            if decides[name] == getattr(Run, name):
+                del decides[name]
+        digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:10]
         fold = "" if self.fold is None else f"-fold{self.fold}"
         return f"{self.task}-{self.system}-seed{self.seed}{fold}-{digest}"
 
@@ -264,6 +293,7 @@ def fit_exits(
         alpha=run.alpha,
         kd_reduction=run.kd_reduction,
         ga_granularity=run.ga_granularity,
+        **run.exit_fields,
         **fields,
     )
     model = GamlBertForSequenceClassification.from_pretrained(settings.backbone, config=config)

@@ -27,6 +27,7 @@ from test_trainer import (
     CASES,
     CHECKPOINTING,
     IS_OLD_TRANSFORMERS,
+    LEARNING,
     Rows,
     assert_same_weights,
     make_model,
@@ -55,6 +56,7 @@ UNEVEN = {
     "Adam": (7, 4, 2, {"optim": "adamw_torch", "adam_epsilon": 1e-2, "weight_decay": 0.1}),
     "a batch is split": (7, 4, 1, {"accelerator_config": {"split_batches": True}}),
     "drop_last": (7, 4, 1, {"dataloader_drop_last": True}),
+    "exits that learn": (7, 4, 2, {"config": LEARNING}),
 }
 MODES = ["soft", "hard", "none"]
 EVALUATED = [1, 3, 7, 8]  # rows; 2 a batch on each rank
@@ -64,8 +66,9 @@ def train_uneven(folder, mode, key):
     """Weights after three epochs in random order, with clipping and a falling learning rate, and the losses logged."""
     rows, batch, micro_batches, more = UNEVEN[key]
     more = {"lr_scheduler_type": "linear", "max_grad_norm": 1.0, **more}
+    changes = more.pop("config", {})
     split = more.get("accelerator_config", {}).get("split_batches", False)
-    model = make_model(ga_mode=mode, ga_granularity="layer")
+    model = make_model(ga_mode=mode, **{"ga_granularity": "layer", **changes})
     weights, log = train(
         folder,
         model,

@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification, GamlTrainer
 from gaml_hf.alignment import RELATIVE_FLOOR
+from gaml_hf.configuration_gaml_bert import PAPER_LETTER
 from reference import alignment_reference, ce_loss_reference, kd_loss_reference
 
 
@@ -23,6 +24,9 @@ EXIT_WEIGHTS = [1 / 6, 2 / 6, 3 / 6]
 PAIRS = [(0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1)]
 # 5.17, the lower bound, cannot do some things; a test says which beside its mark.
 IS_OLD_TRANSFORMERS = Version(transformers.__version__) < Version("5.23")
+
+# The exits as they are by default, where the other tests have the paper's.
+LEARNING = {name: getattr(GamlBertConfig, name) for name in PAPER_LETTER if name.startswith("exit_")}
 
 CASES = list(itertools.product(["soft", "hard"], ["global", "layer", "tensor"]))
 
@@ -50,7 +54,7 @@ def make_model(**changes):
     # The usual 0.02 leaves all exits of a new model nearly alike, and L^KD nearly zero.
     config = {"vocab_size": 20, "max_position_embeddings": 8, "num_labels": 3, "initializer_range": 0.4}
     return GamlBertForSequenceClassification(
-        GamlBertConfig(**{**sizes, **no_dropout, **config, "alpha": ALPHA, "kd_reduction": "sum", **changes})
+        GamlBertConfig(**{**sizes, **no_dropout, **config, **PAPER_LETTER, "alpha": ALPHA, **changes})
     )
 
 
@@ -82,7 +86,7 @@ def train(folder, model, **changes):
 
 
 def weights_of(model):
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
 def group_of(name, granularity):

@@ -122,13 +122,43 @@ def overthinking(scores: Mapping[int, Mapping[str, float]], main_metric: str) ->
     }
 
 
+def one_class_exits(exit_logits: np.ndarray | Tensor, exit_layers: Sequence[int]) -> list[int]:
+    """
+    The exits that answer every row with one and the same class: they have learned nothing yet, and what they agree on
+    is no evidence.
+
+    Args:
+        exit_logits (`np.ndarray` or `torch.Tensor` of shape `(num_rows, num_exits, num_labels)`): of every exit.
+        exit_layers (`list[int]`): the layers of the exits, from 1; `config.exit_layers`.
+
+    Returns:
+        `list[int]`: their layers. None of one row.
+    """
+    predictions = _check_exit_logits(exit_logits, exit_layers).argmax(dim=-1)  # (num_rows, num_exits)
+    same = (predictions == predictions[:1]).all(dim=0) & (len(predictions) > 1)
+    return [m for m, is_same in zip(exit_layers, same.tolist(), strict=True) if is_same]
+
+
+def warn_of_one_class(exit_logits: np.ndarray | Tensor, config: Any) -> None:
+    """Warn where the config's exit policy lets rows leave at exits that answer everything with one class."""
+    blind = one_class_exits(exit_logits, config.exit_layers)
+    _, exit_layer = replay(exit_logits, config)
+    share = np.isin(exit_layer, blind).mean()
+    if share:
+        logger.warning(
+            f"{share:.0%} of the rows leave at the exits {str(blind)[1:-1]}, which answer every row with one class. "
+            "Choose a slower policy, `entropy` or `max_prob` in place of `patience`, or train longer."
+        )
+
+
 class ExitMetrics:
     """
     `compute_metrics` of a Trainer: one evaluation scores every exit, and the config's exit policy.
 
     Its keys (to which the Trainer adds `eval_`) are those of `score`, for the answers of the policy; `speed_up`, in
     layers, of the policy; `exit_{m}`, the main metric of exit m; `exit_mean`, by which to choose checkpoints
-    (`metric_for_best_model="exit_mean"`); and `best_exit`.
+    (`metric_for_best_model="exit_mean"`); `best_exit`; and `one_class_exits`, how many exits answer every row with one
+    class, which are named in the log.
 
     Args:
         config ([`GamlBertConfig`]): of the model that is evaluated; its policy is read at each call.
@@ -149,11 +179,15 @@ class ExitMetrics:
         exit_logits, labels = predictions[2], eval_prediction.label_ids
         scores = score_exits(exit_logits, labels, self.config.exit_layers, self.score)
         answers, exit_layer = replay(exit_logits, self.config)
+        blind = one_class_exits(exit_logits, self.config.exit_layers)
+        if blind:
+            logger.info(f"Exits {str(blind)[1:-1]} answer every row with one class.")
         return {
             **self.score(answers, _check_labels(labels, exit_logits)),
             "speed_up": layer_speed_up(exit_layer, self.config.num_hidden_layers),
             "exit_mean": exit_mean(scores, self.main_metric),
             "best_exit": overthinking(scores, self.main_metric)["best_exit"],
+            "one_class_exits": len(blind),
             **{f"exit_{m}": _main_score(scores[m], self.main_metric) for m in scores},
         }
 
@@ -439,7 +473,7 @@ def _layer_and_exit_flops(model: PreTrainedModel, lengths: Sequence[int]) -> lis
             with FlopCounterMode(display=False) as layer, torch.no_grad():
                 hidden_states = shapes._run_layer(1, hidden_states, None)
             with FlopCounterMode(display=False) as exit_, torch.no_grad():
-                shapes._run_exit(config.exit_layers[0], hidden_states)
+                shapes._run_exit(config.exit_layers[0], hidden_states[:, 0])
             costs.append((layer.get_total_flops(), exit_.get_total_flops()))
     return costs
 

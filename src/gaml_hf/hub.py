@@ -71,6 +71,12 @@ TOLD_ARGUMENTS = (
     "bf16",
 )
 TOLD_FIELDS = (
+    "exit_pooling",
+    "exit_norm",
+    "exit_learning_rate_multiplier",
+    "exit_warm_start",
+    "stop_gradient_between_exits",
+    "mixed_training",
     "exit_loss_weights",
     "distillation",
     "kd_reduction",

@@ -1,5 +1,7 @@
 """`GamlTrainer`: a Trainer whose step aligns the distillation gradient (Zhu et al., 2021, Sec. 5)."""
 
+import math
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -16,6 +18,7 @@ from huggingface_hub import CommitInfo, run_as_future
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.utils import get_total_norm
+from torch.utils.data import Subset
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput, HubStrategy, SaveStrategy, has_length
@@ -33,6 +36,14 @@ from .checkpoints import (
 )
 from .checksums_gaml import verify_weights
 from .data_checks import CheckedCollator, check_dataset
+from .exit_start import (
+    LEAST_VARIATION,
+    NUM_ROWS,
+    collect_exit_states,
+    input_variation,
+    set_exit_norms,
+    warm_start,
+)
 from .hub import TOLD_ARGUMENTS, TOLD_FIELDS, push_checkpoint, save_checkpoint
 from .losses_gaml import distillation_pairs, total_loss
 
@@ -40,6 +51,8 @@ from .losses_gaml import distillation_pairs, total_loss
 logger = logging.get_logger(__name__)
 
 BUCKET_BYTES = 25 * 2**20  # of one all-reduce, as DistributedDataParallel's default
+EXIT_PARAMETER = re.compile(r"(^|\.)exit_(classifiers|poolers)\.")  # its name, also where PEFT has wrapped it
+NORM_MOMENTUM = 0.1  # of a step, in the statistics of `exit_norm="running"`
 
 
 class GamlTrainer(Trainer):
@@ -95,6 +108,7 @@ class GamlTrainer(Trainer):
         self._row_weights: list[Tensor | float] = []  # of the micro-batches of this step that are still to come
         self._alignment_sum: Tensor | float = 0.0  # over the steps since the last log; the last number counts them
         self._grad_norm: Tensor | float = 0.0  # of the last step
+        self._exit_moments: Tensor | None = None  # of the exits' inputs, over the rows of this step so far
         # So far, in this training; None before the first step.
         self._loss_is_finite: Tensor | None = None
         self._gradient_is_finite: Tensor | bool = True
@@ -103,17 +117,33 @@ class GamlTrainer(Trainer):
     def aligns(self) -> bool:
         """Whether steps are aligned: `ga_mode` asks for it, and some exit teaches another."""
         config = self.model.config
-        return config.ga_mode != "none" and bool(distillation_pairs(config.distillation, config.exit_layers))
+        if config.ga_mode == "none" or self._bare_model.last_exit_alone:
+            return False
+        return bool(distillation_pairs(config.distillation, config.exit_layers))
+
+    @property
+    def _bare_model(self) -> Module:
+        """The model itself, also where PEFT has put another around it."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if not (model.training and self.aligns):
+        if not model.training:
             return super().compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
+        if self.model.config.exit_norm == "running":
+            inputs = {**inputs, "output_exit_states": True}
+        if not self.aligns:
+            loss, outputs = super().compute_loss(
+                model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+            )
+            self._add_exit_moments(outputs, 1.0)
+            return (loss, outputs) if return_outputs else loss
         outputs = model(**inputs)
         if outputs.kd_loss is None:
             raise ValueError("Training needs `labels` in every batch, and this batch has none.")
         weight = self._row_weights.pop(0) if self._row_weights else 1.0
+        self._add_exit_moments(outputs, weight)
         ce_loss, kd_loss = weight * outputs.ce_loss, weight * outputs.kd_loss
         # Divided and scaled just as `training_step` and `Accelerator.backward` will do with L^CE.
         kd_loss = kd_loss / self.current_gradient_accumulation_steps
@@ -131,6 +161,80 @@ class GamlTrainer(Trainer):
             torch._foreach_add_(self._g_kd, list(g_kd))
         self._kd_loss = kd_loss.detach()
         return (ce_loss, outputs) if return_outputs else ce_loss
+
+    # Exits: how their inputs are scaled, where they start, and how fast they learn
+
+    def _add_exit_moments(self, outputs: Any, weight: Tensor | float) -> None:
+        """Of a micro-batch, `(1 + 2 M, hidden_size)`: its rows, and the sums of x - mean and of its square."""
+        if self.model.config.exit_norm != "running":
+            return
+        norms = self._bare_model.exit_norms.values()
+        shifted = outputs.exit_states.float() - torch.stack([norm.mean.float() for norm in norms])
+        rows = shifted.new_full((1, shifted.shape[-1]), float(len(shifted)))
+        moments = torch.cat([rows, shifted.sum(dim=0), shifted.square().sum(dim=0)])
+        moments = torch.where(torch.as_tensor(weight, device=moments.device) > 0, moments, 0.0)
+        self._exit_moments = moments if self._exit_moments is None else self._exit_moments + moments
+
+    def _update_exit_norms(self) -> None:
+        moments, self._exit_moments = self._exit_moments, None
+        if self.args.world_size > 1:
+            torch.distributed.all_reduce(moments)
+        norms = self._bare_model.exit_norms.values()
+        shift, square = (moments[1:] / moments[0]).chunk(2)
+        for norm, d, s in zip(norms, shift, square, strict=True):
+            norm.update(norm.mean + d, s - d.square(), NORM_MOMENTUM)
+
+    def _start_exits(self, exit_layers: list[int] | None = None) -> None:
+        """
+        Look at what the exits read of some training rows, and let new ones start there.
+
+        Args:
+            exit_layers (`list[int]`, *optional*): start these; all by default.
+        """
+        model, config = self._bare_model, self.model.config
+        if self._is_sharded or not has_length(self.train_dataset):
+            logger.info("The exits' inputs are not looked at: the model is sharded, or the dataset has no length.")
+            return
+        generator = torch.Generator().manual_seed(self.args.seed)
+        chosen = torch.randperm(len(self.train_dataset), generator=generator)[:NUM_ROWS].tolist()
+        rows = self.train_dataset
+        rows = rows.select(chosen) if hasattr(rows, "select") else Subset(rows, chosen)
+        with torch.random.fork_rng(devices=[]):  # a data loader draws a number when it starts
+            batches = self._get_dataloader(rows, "Training", self.args.eval_batch_size)
+            states, labels = collect_exit_states(
+                model, (self._prepare_inputs(batch) for batch in batches), self.accelerator.gather_for_metrics
+            )
+        variation = input_variation(states)
+        told = ", ".join(f"{m}: {share:.3g}" for m, share in zip(config.exit_layers, variation, strict=True))
+        logger.info(f"How much an exit's input varies from text to text, beside its length: {told}.")
+        blind = [m for m, share in zip(config.exit_layers, variation, strict=True) if share < LEAST_VARIATION]
+        if blind and config.exit_norm == "none":
+            logger.warning(
+                f"The inputs of exits {str(blind)[1:-1]} vary by less than {LEAST_VARIATION:.0%} of their length from "
+                "text to text, and such exits tend to answer with the most frequent class. Use "
+                '`exit_pooling="mean"`, or scale them (`exit_norm="running"`).'
+            )
+        if config.exit_norm == "running" and exit_layers is None:
+            set_exit_norms(model, states)
+        if config.exit_warm_start:
+            warm_start(model, states, labels, exit_layers)
+
+    def create_optimizer(self, *args, **kwargs):
+        """As the stock Trainer's; the exits' parameters in groups of their own, with their own learning rate."""
+        is_ours = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        multiplier = self.model.config.exit_learning_rate_multiplier
+        if not is_ours or multiplier == 1:
+            return optimizer
+        exits = {id(p) for name, p in self.model.named_parameters() if EXIT_PARAMETER.search(name)}
+        for group in list(optimizer.param_groups):
+            own = [p for p in group["params"] if id(p) in exits]
+            if own and len(own) == len(group["params"]):
+                group["lr"] *= multiplier
+            elif own:
+                group["params"] = [p for p in group["params"] if id(p) not in exits]
+                optimizer.add_param_group({**group, "params": own, "lr": group["lr"] * multiplier})
+        return optimizer
 
     # Rows: each counts once, however a step is cut into ranks and micro-batches
 
@@ -280,6 +384,8 @@ class GamlTrainer(Trainer):
         self._loss_is_finite = finite if self._loss_is_finite is None else self._loss_is_finite & finite
         if self._g_kd is not None and self.accelerator.sync_gradients:
             self._align_gradients()
+        if self._exit_moments is not None and self.accelerator.sync_gradients:
+            self._update_exit_norms()
         return loss
 
     def _parameters(self) -> list[torch.nn.Parameter]:
@@ -574,6 +680,17 @@ class _TrainingGuard(TrainerCallback):
         self.trainer._refuse_unsupported()
         if state.global_step:  # resumed
             self._resume_stopping(state, control)
+        elif self.trainer._bare_model.exits_are_new:
+            self.trainer._start_exits()
+        self.trainer._bare_model.exits_are_new = False
+
+    def on_step_begin(self, args, state, control, **kwargs: Any):
+        """Mixed training (Kubaty et al., 2025): first the last exit alone, then all."""
+        trainer, model = self.trainer, self.trainer._bare_model
+        first = math.ceil(model.config.mixed_training * state.max_steps)
+        model.last_exit_alone = state.global_step < first
+        if first and state.global_step == first and model.config.exit_warm_start:
+            trainer._start_exits(model.config.exit_layers[:-1])
 
     def _resume_stopping(self, state, control) -> None:
         """What had come to its end does not go on. The stock Trainer forgets what early stopping has counted."""

@@ -1,0 +1,114 @@
+"""
+What new exits know before the first step: how their inputs are scaled, and what the pre-trained layers already tell.
+
+One pass over some training rows gives both, and says whether an exit has anything to read (docs/choices.md).
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor, nn
+
+
+NUM_ROWS = 1000  # of the pass
+LEAST_VARIATION = 0.05  # below which an exit's input is nearly the same for every text
+INVERSE_REGULARIZATION = 0.003  # `C` of the regression, on standardized inputs
+
+
+@torch.no_grad()
+def collect_exit_states(
+    model: nn.Module, batches: Iterable[Mapping[str, Any]], gather: Callable[[Any], Any] = lambda part: part
+) -> tuple[Tensor, Tensor]:
+    """
+    What each exit reads of some rows.
+
+    Args:
+        model ([`GamlBertForSequenceClassification`]): run in evaluation mode, and left as it was.
+        batches: as a DataLoader gives them, with `labels`.
+        gather (`Callable`, *optional*): makes of one batch's tensors those of all ranks.
+
+    Returns:
+        `tuple`: the states `(num_rows, num_exits, hidden_size)`, float32 at least, and the labels `(num_rows,)`.
+    """
+    was_training = model.training
+    model.eval()
+    states, labels = [], []
+    try:
+        for batch in batches:
+            part = gather((model(**batch, output_exit_states=True).exit_states, batch["labels"]))
+            states.append(part[0])
+            labels.append(part[1])
+    finally:
+        model.train(was_training)
+    states = torch.cat(states)
+    return states.to(torch.promote_types(states.dtype, torch.float32)), torch.cat(labels)
+
+
+def input_variation(states: Tensor) -> list[float]:
+    """
+    How much each exit's input varies from text to text, beside its length: the norm of the features' standard
+    deviations over the norm of their mean.
+
+    Args:
+        states (`torch.Tensor` of shape `(num_rows, num_exits, hidden_size)`).
+
+    Returns:
+        `list[float]`: one for each exit, from 0. Below 0.05 an exit has next to nothing to read.
+    """
+    deviation = states.std(dim=0, correction=0).norm(dim=-1)  # (num_exits,)
+    return (deviation / states.mean(dim=0).norm(dim=-1).clamp(min=torch.finfo(states.dtype).tiny)).tolist()
+
+
+def set_exit_norms(model: nn.Module, states: Tensor) -> None:
+    """Scale each exit's input by the mean and variance of `states`, `(num_rows, num_exits, hidden_size)`."""
+    for i, norm in enumerate(model.exit_norms.values()):
+        norm.update(states[:, i].mean(dim=0), states[:, i].var(dim=0, correction=0), momentum=1.0)
+
+
+@torch.no_grad()
+def warm_start(model: nn.Module, states: Tensor, labels: Tensor, exit_layers: Iterable[int] | None = None) -> None:
+    """
+    Set each exit's linear layer to a logistic regression on `states`.
+
+    Args:
+        model ([`GamlBertForSequenceClassification`]): its `exit_norm` is applied first.
+        states (`torch.Tensor` of shape `(num_rows, num_exits, hidden_size)`): see [`collect_exit_states`].
+        labels (`torch.LongTensor` of shape `(num_rows,)`): classes. One that no row has becomes unlikely.
+        exit_layers (`list[int]`, *optional*): do so for these exits; all by default.
+    """
+    y = labels.cpu().numpy()
+    present = np.unique(y)
+    if len(present) < 2:  # there is nothing to tell apart
+        return
+    parameters = exit_parameters(model)
+    for i, m in enumerate(model.config.exit_layers):
+        if exit_layers is not None and m not in exit_layers:
+            continue
+        x = model.scale_exit_state(m, states[:, i]).double()
+        mean, deviation = x.mean(dim=0), x.std(dim=0, correction=0)
+        deviation = torch.where(deviation > 0, deviation, 1.0)
+        fit = LogisticRegression(C=INVERSE_REGULARIZATION, max_iter=500)
+        fit.fit(((x - mean) / deviation).cpu().numpy(), y)
+        # Of two classes it has one row, the logit of the second against the first.
+        rows = fit.coef_ if len(present) > 2 else np.concatenate([-fit.coef_ / 2, fit.coef_ / 2])
+        offsets = fit.intercept_ if len(present) > 2 else np.concatenate([-fit.intercept_ / 2, fit.intercept_ / 2])
+        weight = x.new_zeros(model.config.num_labels, x.shape[1])
+        bias = x.new_full((model.config.num_labels,), offsets.min() - np.log(len(y)))
+        weight[present] = torch.as_tensor(rows, device=x.device) / deviation
+        bias[present] = torch.as_tensor(offsets, device=x.device) - weight[present] @ mean
+        for name, value in (("weight", weight), ("bias", bias)):
+            parameters[m, name].copy_(value)
+
+
+def exit_parameters(model: nn.Module) -> dict[tuple[int, str], nn.Parameter]:
+    """Of the linear exits that are trained, by layer and name; a wrapper such as PEFT's may have copied them."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        match = re.search(r"(?:^|\.)exit_classifiers\.(\d+)\..*?(weight|bias)$", f"{name}")
+        if match and parameter.requires_grad:
+            found[int(match[1]), match[2]] = parameter
+    return found
