@@ -8,7 +8,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from pytest import fixture, mark, raises
+from pytest import approx, fixture, mark, raises
 from safetensors.torch import load_file, save_file
 from torch import tensor
 from torch.nn import functional as F
@@ -25,6 +25,7 @@ from transformers import (
     RobertaConfig,
     TextClassificationPipeline,
 )
+from transformers.utils import find_labels, logging
 
 from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification
 from gaml_hf.exiting_gaml import Budgeted, Entropy, FullDepth, MaxProb, Patience
@@ -350,6 +351,30 @@ def test_losses_of_other_systems(changes, weights, pairs, make, batch):
     total = 0.8 * ce + 0.2 * kd if pairs else ce  # without pairs alpha weighs nothing: PABEE's loss is Eq. 1
     losses = torch.stack([output.ce_loss, output.kd_loss, output.loss])
     assert_close(losses, tensor([ce, kd, total]), rtol=1e-4, atol=1e-5)
+
+
+def test_class_weights_and_smoothing_are_of_every_exit(make, batch):
+    labels, weights = torch.arange(16) % 3, [0.5, 4.0, 1.0]
+    model = make(class_weights=weights).train()
+    output = model(**batch, labels=labels, smoothing=0.2)
+    expected = ce_loss_reference(output.exit_logits.tolist(), labels.tolist(), [0.1, 0.2, 0.3, 0.4], weights, 0.2)
+    assert output.ce_loss.item() == approx(expected, rel=1e-5)
+    kd = kd_loss_reference(output.exit_logits.tolist(), [(i, j) for i in range(4) for j in range(4) if i != j]) / 12
+    assert output.kd_loss.item() == approx(kd, rel=1e-4, abs=1e-5)  # has neither
+    # A Trainer takes each argument with "label" in its name for a column of labels, and would want both.
+    assert find_labels(type(model)) == ["labels"]
+
+
+def test_a_loss_of_the_last_exit_alone_is_told(make, batch, caplog):
+    """What a stock Trainer does with `label_smoothing_factor` or `compute_loss_func`: it keeps the labels."""
+    model = make().train()
+    logging.warning_once.cache_clear()
+    model(**batch, labels=torch.arange(16) % 3)
+    model(**batch, output_exit_logits=True)
+    model.eval()(**batch)
+    assert "last exit alone" not in caplog.text
+    model.train()(**batch)
+    assert "trains the last exit alone" in caplog.text
 
 
 def test_labels_in_evaluation(make, batch):

@@ -27,6 +27,10 @@ class GamlBertConfig(BertConfig):
         exit_loss_weights (`str`, *optional*, defaults to `"linear"`):
             Weights of the exits in L^CE: `"linear"` (Eq. 1), `"uniform"`, or `"last"` (plain fine-tuning). Read in
             training.
+        class_weights (`list[float]`, *optional*):
+            What a row of each class weighs in L^CE at every exit, one finite number from 0 per class; 1 by default.
+            Where they are 1 in the mean over the training rows, as `--class_weights balanced` makes them, L^CE keeps
+            its size beside L^KD. Read in training.
         distillation (`str` or `list[list[int]]`, *optional*, defaults to `"mutual"`):
             Which exits learn from which: `"mutual"` (Eq. 3), `"last_to_all"` (FastBERT's direction), `"none"` (Eq. 1
             alone: PABEE, DeeBERT, Shallow-Deep), or a list of `[teacher, student]` layers (Table 1). Read in training.
@@ -62,6 +66,7 @@ class GamlBertConfig(BertConfig):
     exit_layers: list[int] | None = None
     exit_pooler: Literal["none", "shared", "per_exit"] = "none"
     exit_loss_weights: Literal["linear", "uniform", "last"] = "linear"
+    class_weights: list[float | int] | None = None
     distillation: Literal["mutual", "last_to_all", "none"] | list[list[int]] = "mutual"
     kd_reduction: Literal["sum", "mean"] = "mean"
     kd_temperature: float | int = 1.0
@@ -179,6 +184,16 @@ class GamlBertConfig(BertConfig):
                         f"`distillation` must hold pairs [teacher, student] of two different exits out of "
                         f"{self.exit_layers}. Got the pair {pair}."
                     )
+
+    def validate_class_weights(self):
+        weights = self.class_weights
+        if weights is not None and (
+            len(weights) != self.num_labels or not all(0 <= w < float("inf") for w in weights) or not any(weights)
+        ):
+            raise ValueError(
+                f"`class_weights` must hold one finite number from 0 for each of the {self.num_labels} classes, not "
+                f"all of them 0. Got `class_weights={weights}`."
+            )
 
     def validate_task(self):
         if self.problem_type not in (None, "single_label_classification"):
