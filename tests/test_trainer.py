@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification, GamlTrainer
 from gaml_hf.alignment import RELATIVE_FLOOR
+from gaml_hf.evaluation import ExitMetrics
 from reference import alignment_reference, ce_loss_reference, kd_loss_reference
 
 
@@ -608,3 +609,71 @@ def test_an_evaluation_that_fails_loses_nothing(tmp_path, strategy):
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     undisturbed, _ = train(tmp_path / "other", make_model())
     assert_same_weights(weights_of(resumed.model), undisturbed)
+
+
+# Evaluation
+
+
+def usual_metrics(prediction):
+    """As it stands in the examples of Transformers."""
+    logits, labels = prediction
+    return {"accuracy": float((logits.argmax(axis=-1) == labels).mean())}
+
+
+@mark.parametrize("mode", ["soft", "none"])
+@mark.parametrize("kind", [GamlTrainer, Trainer])
+def test_the_usual_compute_metrics(tmp_path, kind, mode):
+    model = make_model(ga_mode=mode, exit_strategy="patience", patience=1)
+    trainer = make_trainer(
+        tmp_path,
+        model,
+        trainer_class=kind,
+        eval_strategy="epoch",
+        more={"eval_dataset": Rows(), "compute_metrics": usual_metrics},
+    )
+    trainer.train()
+    with torch.no_grad():
+        inputs = vars(Rows())
+        answers = model.eval()(inputs["input_ids"], inputs["attention_mask"]).logits
+    accuracy = float((answers.argmax(dim=-1) == inputs["labels"]).double().mean())
+    assert [entry["eval_accuracy"] for entry in trainer.state.log_history if "eval_accuracy" in entry][-1] == accuracy
+    assert trainer.evaluate()["eval_accuracy"] == accuracy
+    for rows in (Rows(), [{k: v for k, v in row.items() if k != "labels"} for row in Rows()]):
+        assert_close(torch.tensor(trainer.predict(rows).predictions), answers, rtol=1e-5, atol=1e-5)
+
+
+def test_a_compute_metrics_that_asks_for_the_exits(tmp_path):
+    shapes = []
+
+    def metrics(prediction):
+        shapes.append([values.shape for values in prediction.predictions])
+        return {}
+
+    metrics.ignore_keys = ExitMetrics.ignore_keys
+    trainer = make_trainer(
+        tmp_path, make_model(), eval_strategy="epoch", more={"eval_dataset": Rows(), "compute_metrics": metrics}
+    )
+    trainer.train()
+    trainer.evaluate()
+    trainer.predict(Rows())
+    assert shapes == [[(ROWS, 3), (ROWS,), (ROWS, LAYERS, 3)]] * (STEPS + 2)
+    trainer.compute_metrics = None
+    assert trainer.predict(Rows(), ignore_keys=["ce_loss", "kd_loss", "exit_logits"]).predictions[1].shape == (ROWS,)
+
+
+@mark.parametrize("strategy", ["random", "group_by_length"])
+def test_predictions_are_in_the_order_of_the_rows(tmp_path, strategy):
+    """Sorted by length, the stock Trainer's are not, with "group_by_length": no word of it, and labels go along."""
+    lengths = [2, 7, 3, 6, 4, 8, 5, 2, 8, 3]
+    rows = [{"input_ids": torch.randint(1, 20, (length,)), "labels": row % 3} for row, length in enumerate(lengths)]
+    model = make_model(exit_strategy="patience", patience=1)
+    changes = {"train_sampling_strategy": strategy, "per_device_eval_batch_size": 1}
+    trainer = make_trainer(tmp_path, model, **changes)
+    with torch.no_grad():
+        expected = torch.cat([model.eval()(row["input_ids"][None]).logits for row in rows])
+    found = trainer.predict(rows)
+    assert found.label_ids.tolist() == [row["labels"] for row in rows]
+    assert_close(torch.tensor(found.predictions), expected, rtol=1e-5, atol=1e-5)
+    trainer.compute_metrics = usual_metrics
+    right = expected.argmax(dim=-1) == torch.tensor(found.label_ids)
+    assert trainer.evaluate(rows)["eval_accuracy"] == float(right.double().mean())

@@ -79,8 +79,9 @@ class GamlBertConfig(BertConfig):
     exit_threshold: float | int | None = None
     exit_temperatures: list[float | int] | None = None
 
-    # Scalars have no place among a Trainer's stacked predictions.
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["ce_loss", "kd_loss"]
+    # So that a Trainer's predictions are the logits alone, as `compute_metrics` of the usual examples expects them.
+    # Whoever wants the exits asks with `ignore_keys`, see `ExitMetrics`.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["ce_loss", "kd_loss", "exit_layer", "exit_logits"]
 
     def __post_init__(self, **kwargs):
         refuse_misspelt(kwargs, self)

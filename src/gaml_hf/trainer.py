@@ -64,6 +64,11 @@ class GamlTrainer(Trainer):
     Label smoothing (`label_smoothing_factor`) and the config's `class_weights` are part of L^CE at every exit, in
     every mode; with the stock Trainer, label smoothing trains the last exit alone.
 
+    Predictions are the logits, and `compute_metrics` gets them as in any example. One that has `ignore_keys`, as
+    [`~gaml_hf.evaluation.ExitMetrics`] has, names what it does not need, and the predictions of `evaluate` and
+    `predict` are then a tuple, (logits, exit_layer, exit_logits). They come in the order of the rows, whatever
+    `train_sampling_strategy` says.
+
     Datasets are checked before the first step, see [`~gaml_hf.data_checks.check_dataset`].
 
     Logged beside the loss (which is L of Eq. 2 in every mode), as means over the steps since the last entry, without
@@ -187,6 +192,8 @@ class GamlTrainer(Trainer):
         return min(max(remainder - self.args.process_index * batch_size, 0), batch_size)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        if ignore_keys is None:
+            ignore_keys = getattr(self.compute_metrics, "ignore_keys", None)
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
         batch_size = 0 if loss is None else find_batch_size(inputs)
         own = self._rows_of_its_own(batch_size)
@@ -195,6 +202,11 @@ class GamlTrainer(Trainer):
             # DistributedDataParallel would wait for the other ranks.
             loss, _, _ = super().prediction_step(self.model, slice_tensors(inputs, slice(own)), True)
         return loss, logits, labels
+
+    def _get_eval_sampler(self, eval_dataset):
+        # None is the rows' own order. With "group_by_length" the stock Trainer would sort them as it does in training,
+        # and what is said of each row (predictions in a file, lengths) would be said of another.
+        return None
 
     # Datasets
 
