@@ -65,6 +65,7 @@ TOLD_ARGUMENTS = (
     "max_steps",
     "warmup_steps",
     "weight_decay",
+    "label_smoothing_factor",
     "max_grad_norm",
     "optim",
     "fp16",
@@ -72,6 +73,7 @@ TOLD_ARGUMENTS = (
 )
 TOLD_FIELDS = (
     "exit_loss_weights",
+    "class_weights",
     "distillation",
     "kd_reduction",
     "kd_temperature",
