@@ -135,8 +135,8 @@ def test_json_round_trip(values, tmp_path):
         ({"distillation": [[4, 1, 2]]}, "Got the pair [4, 1, 2]"),
         (
             {"class_weights": [1.0]},
-            "`class_weights` must hold one finite number from 0 for each of the 2 classes, not all of them 0. "
-            "Got `class_weights=[1.0]`",
+            "`class_weights` must hold one finite number from 0 for each of the 2 classes, not all of them 0, or be "
+            "None. Got `class_weights=[1.0]`",
         ),
         ({"class_weights": [1.0, -1.0]}, "Got `class_weights=[1.0, -1.0]`"),
         ({"class_weights": [1.0, float("nan")]}, "one finite number from 0"),

@@ -193,7 +193,7 @@ class GamlBertConfig(BertConfig):
         ):
             raise ValueError(
                 f"`class_weights` must hold one finite number from 0 for each of the {self.num_labels} classes, not "
-                f"all of them 0. Got `class_weights={weights}`."
+                f"all of them 0, or be None. Got `class_weights={weights}`."
             )
 
     def validate_task(self):
