@@ -335,6 +335,13 @@ def test_a_compute_loss_that_leaves_something_out_is_refused(tmp_path, mode, kin
     assert all(torch.equal(weight, before[name]) for name, weight in weights_of(model).items())
 
 
+def test_a_compute_loss_set_on_a_trainer_is_looked_at_too(tmp_path):
+    trainer = make_trainer(tmp_path, make_model(ga_mode="none"))
+    trainer.compute_loss = lambda *args, **kwargs: UsualRecipe.compute_loss(trainer, *args, **kwargs)
+    with raises(ValueError, match=r"leaves out exits \[1, 2\]"):
+        trainer.train()
+
+
 def test_a_compute_loss_that_leaves_nothing_out(tmp_path):
     model = make_model(ga_granularity="layer")
     assert_same_weights(train(tmp_path, model, trainer_class=Added)[0], reference_training("soft", "layer")[0])

@@ -297,7 +297,8 @@ class GamlTrainer(Trainer):
     # Gradients
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        if self._loss_is_finite is None and type(self).compute_loss is not GamlTrainer.compute_loss:
+        is_ours = getattr(self.compute_loss, "__func__", None) is GamlTrainer.compute_loss
+        if self._loss_is_finite is None and not is_ours:
             loss = self._first_training_step(model, inputs, num_items_in_batch)
         else:
             loss = super().training_step(model, inputs, num_items_in_batch)
