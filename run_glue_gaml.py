@@ -163,6 +163,13 @@ class GamlArguments:
     exit_loss_weights: str | None = field(
         default=None, metadata={"help": "linear (Eq. 1), uniform, or last (plain fine-tuning)."}
     )
+    class_weights: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "What a row of each class weighs in the loss of every exit: one number per class, in their "
+            "order, or balanced: rows / (classes * rows of the class), counted on the training rows."
+        },
+    )
     distillation: str | None = field(
         default=None,
         metadata={"help": "mutual (Eq. 3), last_to_all, none, or a JSON list of [teacher, student] layers."},
@@ -214,6 +221,19 @@ class GamlArguments:
             )
         if not 0 <= self.holdout_fraction < 1:
             raise ValueError(f"`holdout_fraction` must lie in [0, 1). Got {self.holdout_fraction}.")
+        if self.class_weights is not None and not self.balances_classes:
+            try:
+                self.class_weights = [float(weight) for weight in self.class_weights]
+            except ValueError:
+                raise ValueError(
+                    "`class_weights` must be `balanced` or one number for each class, such as `1 2.5`. "
+                    f"Got {' '.join(self.class_weights)}."
+                ) from None
+
+    @property
+    def balances_classes(self) -> bool:
+        """Whether the weights of the classes are still to be counted."""
+        return self.class_weights == ["balanced"]
 
     @property
     def policy_is_open(self) -> bool:
@@ -226,6 +246,8 @@ class GamlArguments:
         fields = {key: value for key, value in asdict(self).items() if key in GamlBertConfig.__annotations__}
         if self.policy_is_open:
             fields["exit_strategy"] = None
+        if self.balances_classes:
+            fields["class_weights"] = None
         letter = PAPER_LETTER if self.paper_letter else {}
         return letter | {key: value for key, value in fields.items() if value is not None}
 
@@ -397,6 +419,17 @@ def encode_labels(part: datasets.Dataset, split: str, label2id: dict[str, int], 
     return [label2id[str(label)] for label in labels]
 
 
+def balanced_class_weights(labels: list[int], label_names: list[str]) -> list[float]:
+    """One per class, so that all classes weigh the same together and a row weighs 1 in the mean."""
+    counts = np.bincount(labels, minlength=len(label_names))
+    if not counts.all():
+        raise ValueError(
+            "`--class_weights balanced` needs a row of each class among the training rows. "
+            f"{label_names[counts.argmin()]!r} has none there."
+        )
+    return (len(labels) / (len(counts) * counts)).tolist()
+
+
 def load_model(
     model_args: ModelArguments, gaml_args: GamlArguments, label_names: list[str]
 ) -> tuple[GamlBertForSequenceClassification, PreTrainedTokenizerBase]:
@@ -536,6 +569,11 @@ def main(argv: list[str] | None = None) -> dict:
         )
 
     # Training
+    if training_args.do_train:
+        if gaml_args.balances_classes:
+            config.class_weights = balanced_class_weights(train_rows["labels"][:], label_names)
+        if config.class_weights is not None:
+            logger.info("Weights of the classes: %s.", dict(zip(label_names, config.class_weights, strict=True)))
     score, main_metric = selection_scorer(GlueMetric(data_args.task_name, num_labels=len(label_names)))
     if training_args.warmup_epochs is not None and train_rows is not None:
         batch = training_args.per_device_train_batch_size * max(training_args.n_gpu, 1) * training_args.world_size

@@ -103,6 +103,7 @@ class Answer:
     score: float
     speed_up: float
     correct: np.ndarray  # (num_rows,)
+    labels: np.ndarray  # (num_rows,)
     parameter: float | None
 
     @property
@@ -145,6 +146,7 @@ def answer(result: dict[str, Any], exit_strategy: str) -> Answer:
         score=100 * score(predictions, labels["validation"])[get_task(task).main_metric],
         speed_up=speed_up,
         correct=predictions == labels["validation"],
+        labels=labels["validation"],
         parameter=parameter,
     )
 
@@ -227,6 +229,13 @@ def mcnemar(ours: np.ndarray, theirs: np.ndarray) -> float:
     if only_ours + only_theirs == 0:
         return 1.0
     return float(stats.binomtest(only_ours, only_ours + only_theirs).pvalue)
+
+
+def row_by_row(ours: Answer, theirs: Answer) -> tuple[np.ndarray, np.ndarray]:
+    """Whether each row was answered correctly by either; refused where the rows are not in one order."""
+    if not np.array_equal(ours.labels, theirs.labels):
+        raise ValueError("Two runs hold their validation rows in different orders: no row of one has its like.")
+    return ours.correct, theirs.correct
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
@@ -342,7 +351,7 @@ def table2(results: Results, main: str = "gaml-soft") -> str:
             seeds = sorted(ours.keys() & found.keys())
             if system != main and len(seeds) > 1:
                 test = paired_difference([ours[s].score for s in seeds], [found[s].score for s in seeds])
-                p = float(np.median([mcnemar(ours[s].correct, found[s].correct) for s in seeds]))
+                p = float(np.median([mcnemar(*row_by_row(ours[s], found[s])) for s in seeds]))
                 differences[task, name, policy] = (test, p, len(seeds))
         header = ["system", "policy", "score", "speed-up", "last exit", "mean over exits", "paper (BERT-base)"]
         blocks.append(f"### {task} ({get_task(task).main_metric} x 100)\n\n" + table(header, rows))

@@ -243,6 +243,8 @@ def train(run: Run, settings: Settings, folder: str) -> dict[str, Any]:
     exit_layers = list(getattr(model.config, "exit_layers", [layers]))
 
     score, _ = scorer(run.task)
+    # Grouped by length, a stock Trainer would predict in an order that changes with the seed.
+    trainer.args.train_sampling_strategy = "random"
     parts = {"held_out": held_out}
     if run.fold is None:
         parts["validation"] = encoded[task.validation_splits[0]]

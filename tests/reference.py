@@ -13,12 +13,19 @@ def log_softmax(logits):
     return [logit - largest - log_sum for logit in logits]
 
 
-def ce_loss_reference(exit_logits, labels, weights):
-    """Eq. 1, mean over the batch: `exit_logits[row][exit][label]`, `labels[row]` and one weight for each exit."""
+def ce_loss_reference(exit_logits, labels, weights, class_weights=None, smoothing=0.0):
+    """
+    Eq. 1, mean over the batch: `exit_logits[row][exit][label]`, `labels[row]` and one weight for each exit.
+
+    Not the paper's: a row weighs as `class_weights[label]` says, and its target is 1 - smoothing at the label and an
+    equal share of `smoothing` at each class.
+    """
     total = 0.0
     for row, label in zip(exit_logits, labels, strict=True):
         for weight, logits in zip(weights, row, strict=True):
-            total += weight * -log_softmax([float(x) for x in logits])[int(label)]
+            log_p = log_softmax([float(x) for x in logits])
+            loss = sum(-smoothing / len(log_p) * x for x in log_p) - (1 - smoothing) * log_p[int(label)]
+            total += weight * (class_weights[int(label)] if class_weights else 1.0) * loss
     return total / len(exit_logits)
 
 

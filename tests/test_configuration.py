@@ -21,6 +21,7 @@ EVERYTHING = {
     "exit_layers": [2, 4, 6],
     "exit_pooler": "per_exit",
     "exit_loss_weights": "uniform",
+    "class_weights": [0.5, 1, 2.5],
     "distillation": [[6, 2], [2, 4]],
     "kd_reduction": "sum",
     "kd_temperature": 2.0,
@@ -132,6 +133,15 @@ def test_json_round_trip(values, tmp_path):
         ),
         ({"distillation": [[3, 3]]}, "Got the pair [3, 3]"),
         ({"distillation": [[4, 1, 2]]}, "Got the pair [4, 1, 2]"),
+        (
+            {"class_weights": [1.0]},
+            "`class_weights` must hold one finite number from 0 for each of the 2 classes, not all of them 0, or be "
+            "None. Got `class_weights=[1.0]`",
+        ),
+        ({"class_weights": [1.0, -1.0]}, "Got `class_weights=[1.0, -1.0]`"),
+        ({"class_weights": [1.0, float("nan")]}, "one finite number from 0"),
+        ({"class_weights": [0, 0]}, "not all of them 0"),
+        ({"class_weights": "balanced"}, "Field 'class_weights' expected a list, got str"),
         # the task
         ({"num_labels": 1}, "`num_labels` must be at least 2: with one label every exit is certain of it"),
         ({"problem_type": "regression"}, "Got `problem_type='regression'`"),

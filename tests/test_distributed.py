@@ -22,6 +22,7 @@ from transformers import BertConfig, BertModel, BertTokenizer, TrainerCallback
 import gaml_hf.trainer
 import run_glue_gaml
 from gaml_hf import GamlBertForSequenceClassification
+from gaml_hf.evaluation import ExitMetrics
 from test_run_glue_gaml import sentences, write_csv
 from test_trainer import (
     CASES,
@@ -57,6 +58,7 @@ UNEVEN = {
     "a batch is split": (7, 4, 1, {"accelerator_config": {"split_batches": True}}),
     "drop_last": (7, 4, 1, {"dataloader_drop_last": True}),
     "exits that learn": (7, 4, 2, {"config": LEARNING}),
+    "smoothed labels, weighted classes": (7, 4, 2, {"label_smoothing_factor": 0.2}),
 }
 MODES = ["soft", "hard", "none"]
 EVALUATED = [1, 3, 7, 8]  # rows; 2 a batch on each rank
@@ -68,6 +70,8 @@ def train_uneven(folder, mode, key):
     more = {"lr_scheduler_type": "linear", "max_grad_norm": 1.0, **more}
     changes = more.pop("config", {})
     split = more.get("accelerator_config", {}).get("split_batches", False)
+    if "weighted" in key:
+        changes = {"class_weights": [0.5, 4.0, 1.0]}
     model = make_model(ga_mode=mode, **{"ga_granularity": "layer", **changes})
     weights, log = train(
         folder,
@@ -84,9 +88,9 @@ def train_uneven(folder, mode, key):
 
 def evaluate(folder, rows):
     trainer = make_trainer(folder, make_model(exit_strategy="patience", patience=1), per_device_eval_batch_size=2)
-    told = trainer.predict(Rows(rows))
+    told = trainer.predict(Rows(rows), ignore_keys=ExitMetrics.ignore_keys)
     unlabelled = [{k: v for k, v in Rows(rows)[i].items() if k != "labels"} for i in range(rows)]
-    untold = trainer.predict(unlabelled)
+    untold = trainer.predict(unlabelled, ignore_keys=ExitMetrics.ignore_keys)
     return [told.metrics["test_loss"], told.label_ids, *told.predictions, *untold.predictions]
 
 

@@ -11,7 +11,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
-from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification
+from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification, GamlTrainer
 from gaml_hf.configuration_gaml_bert import PAPER_LETTER
 from gaml_hf.evaluation import (
     ExitMetrics,
@@ -119,10 +119,11 @@ def test_exit_mean_and_overthinking_by_hand():
         exit_mean(scores, "mcc")
 
 
-def test_exit_metrics_in_a_trainer(build, input_ids, labels, tmp_path):
+@mark.parametrize("kind", [GamlTrainer, Trainer])
+def test_exit_metrics_in_a_trainer(build, input_ids, labels, tmp_path, kind):
     model = build(exit_strategy="patience", patience=1)
     metrics = ExitMetrics(model.config, score, "macro_f1")
-    trainer = Trainer(
+    trainer = kind(
         model=model,
         args=TrainingArguments(
             output_dir=str(tmp_path), report_to="none", use_cpu=True, per_device_eval_batch_size=32
@@ -130,7 +131,12 @@ def test_exit_metrics_in_a_trainer(build, input_ids, labels, tmp_path):
         compute_metrics=metrics,
     )
     rows = [{"input_ids": ids, "label": label} for ids, label in zip(input_ids, labels.tolist(), strict=True)]
-    found = trainer.evaluate(rows)
+    if kind is Trainer:
+        with raises(ValueError, match="a stock Trainer keeps with `ignore_keys=ExitMetrics.ignore_keys`"):
+            trainer.evaluate(rows)
+        found = trainer.evaluate(rows, ignore_keys=ExitMetrics.ignore_keys)
+    else:
+        found = trainer.evaluate(rows)
 
     with torch.no_grad():
         live = model(input_ids)

@@ -5,6 +5,7 @@ import math
 import torch
 from pytest import approx, mark
 from torch import tensor
+from torch.nn import functional as F
 from torch.testing import assert_close
 
 from gaml_hf.losses_gaml import (
@@ -81,6 +82,40 @@ def test_ce_loss_agrees_with_the_loops(scheme):
     assert cross_entropy_loss(shuffled, labels, weights).item() == approx(expected, rel=1e-5)
 
 
+CLASS_WEIGHTS = [0.25, 4.0, 1.0]
+
+
+@mark.parametrize("class_weights", [None, CLASS_WEIGHTS])
+@mark.parametrize("smoothing", [0.0, 0.3])
+def test_weighted_and_smoothed_ce_loss_agrees_with_the_loops(class_weights, smoothing):
+    logits, labels, weights = random_logits(), tensor([0, 1, 2, 2, 0]), exit_weights(EXITS, "linear")
+    found = cross_entropy_loss(logits, labels, weights, class_weights=class_weights, label_smoothing=smoothing)
+    expected = ce_loss_reference(logits.tolist(), labels.tolist(), weights, class_weights, smoothing)
+    assert found.item() == approx(expected, rel=1e-5)
+
+
+def test_weights_and_smoothing_are_pytorchs():
+    """But for the divisor of a weighted mean: the number of rows, and not the sum of their weights."""
+    logits, labels = random_logits(num_exits=1), tensor([0, 1, 2, 2, 0])
+    smoothed = cross_entropy_loss(logits, labels, [1.0], label_smoothing=0.3)
+    assert_close(smoothed, F.cross_entropy(logits[:, 0], labels, label_smoothing=0.3))
+    weighted = cross_entropy_loss(logits, labels, [1.0], class_weights=CLASS_WEIGHTS)
+    assert_close(weighted, F.cross_entropy(logits[:, 0], labels, weight=tensor(CLASS_WEIGHTS), reduction="sum") / 5)
+
+
+def test_a_heavy_class_does_not_draw_the_rows_of_others():
+    """
+    A weight is of a row: each row's loss is least at its own smoothed target, whatever the weights are.
+
+    `torch.nn.CrossEntropyLoss` weighs the classes within the target: with these numbers a row that is surely of class
+    0 would be answered with class 1, 0.05 * 20 against 0.95 * 0.5.
+    """
+    target = tensor([0.95, 0.05])
+    logits = target.log().repeat(1, 1, 1).requires_grad_()
+    cross_entropy_loss(logits, tensor([0]), [1.0], class_weights=[0.5, 20.0], label_smoothing=0.1).backward()
+    assert_close(logits.grad, torch.zeros(1, 1, 2), atol=1e-6, rtol=0)
+
+
 @mark.parametrize("temperature", [1.0, 2.5])
 @mark.parametrize(("distillation", "positions"), GRAPHS)
 def test_kd_loss_agrees_with_the_loops(distillation, positions, temperature):
@@ -110,9 +145,12 @@ def test_teachers_are_detached(distillation, positions, temperature):
     "loss",
     [
         lambda logits, labels: cross_entropy_loss(logits, labels, exit_weights(EXITS, "linear")),
+        lambda logits, labels: cross_entropy_loss(
+            logits, labels, exit_weights(EXITS, "linear"), class_weights=[0.25, 4.0, 1.0], label_smoothing=0.3
+        ),
         lambda logits, labels: kd(logits, "mutual"),
     ],
-    ids=["ce", "kd"],
+    ids=["ce", "weighted ce", "kd"],
 )
 class TestBoth:
     def test_mean_over_the_batch(self, loss):

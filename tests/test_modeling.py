@@ -8,7 +8,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from pytest import fixture, mark, raises
+from pytest import approx, fixture, mark, raises
 from safetensors.torch import load_file, save_file
 from torch import tensor
 from torch.nn import functional as F
@@ -25,6 +25,7 @@ from transformers import (
     RobertaConfig,
     TextClassificationPipeline,
 )
+from transformers.utils import find_labels, logging
 
 from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification
 from gaml_hf.configuration_gaml_bert import PAPER_LETTER
@@ -384,13 +385,38 @@ def test_losses_of_other_systems(changes, weights, pairs, make, batch):
     assert_close(losses, tensor([ce, kd, total]), rtol=1e-4, atol=1e-5)
 
 
+def test_class_weights_and_smoothing_are_of_every_exit(make, batch):
+    labels, weights = torch.arange(16) % 3, [0.5, 4.0, 1.0]
+    model = make(class_weights=weights).train()
+    output = model(**batch, labels=labels, smoothing=0.2)
+    expected = ce_loss_reference(output.exit_logits.tolist(), labels.tolist(), [0.1, 0.2, 0.3, 0.4], weights, 0.2)
+    assert output.ce_loss.item() == approx(expected, rel=1e-5)
+    kd = kd_loss_reference(output.exit_logits.tolist(), [(i, j) for i in range(4) for j in range(4) if i != j]) / 12
+    assert output.kd_loss.item() == approx(kd, rel=1e-4, abs=1e-5)  # has neither
+    # A Trainer takes each argument with "label" in its name for a column of labels, and would want both.
+    assert find_labels(type(model)) == ["labels"]
+
+
+def test_a_loss_of_the_last_exit_alone_is_told(make, batch, caplog):
+    """What a stock Trainer does with `label_smoothing_factor` or `compute_loss_func`: it keeps the labels."""
+    model = make().train()
+    logging.warning_once.cache_clear()
+    model(**batch, labels=torch.arange(16) % 3)
+    model(**batch, output_exit_logits=True)
+    model.eval()(**batch)
+    assert "last exit alone" not in caplog.text
+    model.train()(**batch)
+    assert "trains the last exit alone" in caplog.text
+
+
 def test_labels_in_evaluation(make, batch):
     """A Trainer's evaluation scores every exit, and the policy's answers, in one pass."""
     model = make(**POLICIES["patience"])
     output = model(**batch, labels=torch.arange(16) % 3)
     assert list(output.keys()) == ["loss", "logits", "exit_layer", "exit_logits", "ce_loss", "kd_loss"]
     assert_same(output, model(**batch))
-    assert set(model.config.keys_to_ignore_at_inference) == {"ce_loss", "kd_loss"}
+    # What a Trainer keeps of it, unless it is asked for more.
+    assert set(output.keys()) - set(model.config.keys_to_ignore_at_inference) == {"loss", "logits"}
 
 
 def test_forms_of_output(make, batch):

@@ -51,6 +51,11 @@ def settings(tmp_path, bert_kwargs, tokenizer) -> Settings:
     return Settings(tmp_path / "runs", str(backbone), str(tmp_path / "glue"))
 
 
+def validation_labels(settings: Settings) -> list[int]:
+    """In the order of the file, in which every run's rows must be: McNemar's test compares row by row."""
+    return Dataset.from_parquet(f"{settings.data}/cola/validation.parquet")["label"][:]
+
+
 def test_a_run_is_named_by_everything_that_decides_it():
     assert replace(RUN).name == RUN.name
     others = [
@@ -85,6 +90,7 @@ def test_a_run_leaves_one_json_and_is_not_repeated(settings, monkeypatch):
     assert result["stopped_at_step"] == 2 * 9
     logits = decode_array(result["logits"]["validation"])
     assert logits.shape == (30, 4, 2)
+    assert result["labels"]["validation"] == validation_labels(settings)
     # The scores are those of the logits, by the definition of Matthews' correlation.
     labels = np.array(result["labels"]["validation"])
     expected = np.corrcoef(logits[:, 3].argmax(-1), labels)[0, 1]
@@ -164,6 +170,7 @@ def test_static_baselines_share_one_teacher(settings):
     for result in (pkd, distilled):
         assert (result["layers"], result["exit_layers"], result["static_speed_up"]) == (2, [2], 2.0)
         assert decode_array(result["logits"]["validation"]).shape == (30, 1, 2)
+        assert result["labels"]["validation"] == validation_labels(settings)
     pruned = perform(replace(run, system="head_pruning"), settings)
     # Of a layer's 4 d^2 + 2 * d * 64 = 8192 weights, half the heads have 2048.
     assert pruned["static_speed_up"] == approx(8192 / (8192 - 2048))
@@ -228,6 +235,15 @@ def test_the_policy_is_chosen_on_the_rows_set_aside():
     assert (answer.speed_up, answer.score, answer.in_target) == (2.0, 50.0, True)
     assert answer.correct.tolist() == [True, False]
     assert reports.answer(result_with(rising, rising, [1, 0]), "none").speed_up == 1.0
+
+
+def test_rows_in_two_orders_are_not_compared():
+    one, other = (
+        reports.answer(result_with([[1] * 4] * 2, [[1] * 4] * 2, labels), "none") for labels in ([1, 0], [0, 1])
+    )
+    assert [values.tolist() for values in reports.row_by_row(one, one)] == [[True, False]] * 2
+    with raises(ValueError, match="hold their validation rows in different orders"):
+        reports.row_by_row(one, other)
 
 
 def test_the_curve_between_its_points():

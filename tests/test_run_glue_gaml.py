@@ -13,12 +13,13 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from huggingface_hub import snapshot_download
 from pytest import approx, fixture, mark, raises
+from sklearn.utils.class_weight import compute_class_weight
 from transformers import BertConfig, BertModel, pipeline
 
 import run_glue_gaml
 from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification
 from gaml_hf.glue import GLUE_TASKS
-from gaml_hf.hub import check_checkpoint
+from gaml_hf.hub import check_checkpoint, save_checkpoint
 
 
 GOOD, BAD = ["good", "great", "fine", "best", "funny"], ["bad", "awful", "dull", "sad", "worst"]
@@ -114,6 +115,69 @@ def test_train_evaluate_predict_and_use(common, files, tmp_path, capsys):
     )
     assert again["evaluation"]["validation"]["exits"] == evaluation["exits"]
     assert again["evaluation"]["validation"]["policy"]["speed_up"] == evaluation["policy"]["speed_up"]
+
+
+def test_class_weights(common, tmp_path, caplog):
+    """Three rows of one class to one of the other; those of the other are set to weigh three times as much."""
+    rows = sorted(sentences(120, seed=1), key=lambda row: row["label"])
+    rows = [row for row in rows if row["label"] == "positive"][:15] + rows[:45]
+    files = {"train": write_csv(tmp_path / "unequal.csv", rows)}
+    words = [*common, *with_files(files, "train"), "--do_train", "--num_train_epochs", "1", "--holdout_fraction", "0"]
+    words += ["--exit_strategy", "none", "--class_weights"]
+    run = run_glue_gaml.main([*words, "balanced"])
+    assert run["config"]["class_weights"] == approx([60 / (2 * 45), 60 / (2 * 15)])
+    saved = GamlBertForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert saved.config.class_weights == run["config"]["class_weights"]
+    assert "Weights of the classes: {'negative': 0.666" in caplog.text
+    assert "class_weights" in (tmp_path / "out" / "README.md").read_text()
+
+    given = run_glue_gaml.main([*words, "0.5", "2", "--overwrite_output_dir"])
+    assert given["config"]["class_weights"] == [0.5, 2.0]
+    weights = GamlBertForSequenceClassification.from_pretrained(tmp_path / "out").state_dict()
+    assert max((weights[name] - weight).abs().max() for name, weight in saved.state_dict().items()) > 1e-5
+    with raises(Exception, match="`class_weights` must hold one finite number from 0 for each of the 2 classes"):
+        run_glue_gaml.main([*words, "1", "2", "3", "--overwrite_output_dir"])
+
+
+def test_balanced_class_weights():
+    """Those of scikit-learn, where each class has rows."""
+    labels = [0, 0, 0, 0, 1, 2, 2]
+    expected = compute_class_weight("balanced", classes=np.arange(3), y=labels)
+    assert run_glue_gaml.balanced_class_weights(labels, ["a", "b", "c"]) == approx(expected)
+    with raises(ValueError, match="needs a row of each class among the training rows. 'd' has none"):
+        run_glue_gaml.balanced_class_weights(labels, ["a", "b", "c", "d"])
+
+
+def test_rows_of_a_file_stay_in_their_order(common, tokenizer, bert_kwargs, tmp_path):
+    """Whatever order the training wants: predictions, and lengths for the speed-up in FLOPs, are of their own rows."""
+    random = np.random.default_rng(0)
+    words = [word for word in tokenizer.get_vocab() if word.isalpha()]
+    rows = [
+        {"sentence": " ".join(random.choice(words, random.integers(2, 40))), "label": ["no", "yes"][i % 2]}
+        for i in range(64)
+    ]
+    files = {split: write_csv(tmp_path / f"{split}.csv", rows) for split in ("validation", "test")}
+    labels = {"id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}}
+    policy = {"exit_strategy": "patience", "patience": 1}
+    model = GamlBertForSequenceClassification(GamlBertConfig(**bert_kwargs, initializer_range=0.5, **labels, **policy))
+    save_checkpoint(model.eval(), tokenizer, tmp_path / "model")
+    usual = [*common, "--model_name_or_path", str(tmp_path / "model"), *with_files(files, "validation", "test")]
+    usual += ["--do_eval", "--do_predict", "--latency_rows", "0", "--per_device_eval_batch_size", "4"]
+    policies, written = [], []
+    for strategy in ("random", "group_by_length"):
+        run = run_glue_gaml.main([*usual, "--train_sampling_strategy", strategy])
+        policies.append(run["evaluation"]["validation"]["policy"])
+        with (tmp_path / "out" / "predictions_test.tsv").open(encoding="utf-8") as file:
+            lines = csv.DictReader(file, delimiter="\t")
+            written.append([(line["prediction"], int(line["exit_layer"])) for line in lines])
+    assert policies[1] == policies[0]
+    answers = pipeline("text-classification", model=str(tmp_path / "model"), trust_remote_code=True, device="cpu")(
+        [row["sentence"] for row in rows]
+    )
+    expected = [(answer["label"], answer["exit_layer"]) for answer in answers]
+    assert written == [expected, expected]
+    assert len({answer["exit_layer"] for answer in answers}) > 1
+    assert len({answer["label"] for answer in answers}) > 1
 
 
 def test_recipe_file_and_command_line_override(common, files, tmp_path):
@@ -393,6 +457,7 @@ def test_a_training_that_diverges_keeps_what_was_good(common, files, tmp_path):
         ("--train_file rows.txt", "`train_file` must end in"),
         ("--task_name sst2 --max_train_samples 0", "`max_train_samples` must be at least 1"),
         ("--task_name sst2 --target_speed_up 2 1", "`target_speed_up` must be a range"),
+        ("--task_name sst2 --class_weights equal", "`class_weights` must be `balanced` or one number .* Got equal"),
         ("--task_name sst2 --holdout_fraction 1.5", "`holdout_fraction` must lie in"),
     ],
 )

@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification, GamlTrainer
 from gaml_hf.alignment import RELATIVE_FLOOR
 from gaml_hf.configuration_gaml_bert import PAPER_LETTER
+from gaml_hf.evaluation import ExitMetrics
 from reference import alignment_reference, ce_loss_reference, kd_loss_reference
 
 
@@ -99,8 +100,14 @@ def group_of(name, granularity):
 
 
 @cache
-def reference_training(mode, granularity, max_grad_norm=0.0, batches=((0, ROWS),) * STEPS):
-    """The weights after one float64 step for each batch, and for each step what the trainer should log."""
+def reference_training(
+    mode, granularity, max_grad_norm=0.0, batches=((0, ROWS),) * STEPS, class_weights=(1.0, 1.0, 1.0), smoothing=0.0
+):
+    """
+    The weights after one float64 step for each batch, and for each step what the trainer should log.
+
+    With mode `"none"`, the step is along the gradient of Eq. 2.
+    """
     model = make_model().double().train()
     keys = [group_of(name, granularity) for name, _ in model.named_parameters()]
     groups = [list(dict.fromkeys(keys)).index(key) for key in keys]
@@ -109,7 +116,10 @@ def reference_training(mode, granularity, max_grad_norm=0.0, batches=((0, ROWS),
         batch = {key: values[first:end] for key, values in vars(Rows()).items()}
         labels = batch.pop("labels")
         logits = model(**batch).exit_logits
-        ce_loss = sum(w * F.cross_entropy(logits[:, m], labels) for m, w in enumerate(EXIT_WEIGHTS))
+        target = (1 - smoothing) * F.one_hot(labels, 3) + smoothing / 3
+        per_exit = -(target[:, None] * logits.log_softmax(dim=-1)).sum(dim=-1)  # (batch_size, num_exits)
+        per_row = per_exit @ torch.tensor(EXIT_WEIGHTS, dtype=torch.float64)
+        ce_loss = (per_row * torch.tensor(class_weights)[labels]).mean()
         g_ce = gradient(ce_loss, model)
 
         logits = model(**batch).exit_logits
@@ -120,10 +130,17 @@ def reference_training(mode, granularity, max_grad_norm=0.0, batches=((0, ROWS),
         g_kd = gradient(kd_loss, model)
 
         # These two are here for their gradients; plain loops say that they are Eqs. 1 and 3.
-        assert ce_loss.item() == approx(ce_loss_reference(logits.tolist(), labels.tolist(), EXIT_WEIGHTS))
+        assert ce_loss.item() == approx(
+            ce_loss_reference(logits.tolist(), labels.tolist(), EXIT_WEIGHTS, class_weights, smoothing)
+        )
         assert kd_loss.item() == approx(kd_loss_reference(logits.tolist(), PAIRS))
 
         g_ga, c, cos_angle = alignment_reference(g_ce, g_kd, groups, ALPHA, mode, RELATIVE_FLOOR)
+        if mode == "none":
+            g_ga = [
+                [(1 - ALPHA) * x + ALPHA * y for x, y in zip(a, b, strict=True)]
+                for a, b in zip(g_ce, g_kd, strict=True)
+            ]
         norm = math.sqrt(sum(x * x for values in g_ga for x in values))
         scale = min(1.0, max_grad_norm / norm) if max_grad_norm else 1.0
         with torch.no_grad():
@@ -206,6 +223,140 @@ def test_fewer_micro_batches_at_the_end_of_an_epoch(tmp_path):
     assert_same_weights(weights, reference_training("soft", "layer", batches=((0, 4), (4, 6)))[0])
 
 
+ACCUMULATED = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+WEIGHTED = {"class_weights": (0.5, 4.0, 1.0), "smoothing": 0.2}
+
+
+@mark.parametrize("accumulated", [False, True])
+@mark.parametrize("mode", ["soft", "hard", "none"])
+def test_class_weights_and_label_smoothing(tmp_path, mode, accumulated):
+    """Of every exit, with and without alignment, and however a step is cut."""
+    model = make_model(ga_mode=mode, ga_granularity="layer", class_weights=list(WEIGHTED["class_weights"]))
+    trainer = make_trainer(
+        tmp_path, model, label_smoothing_factor=WEIGHTED["smoothing"], **(ACCUMULATED if accumulated else {})
+    )
+    expected, expected_log = reference_training(mode, "layer", **WEIGHTED)
+    at_first = trainer.evaluate(Rows())["eval_loss"]
+    trainer.train()
+    assert_same_weights(weights_of(model), expected)
+    losses = [entry["loss"] for entry in expected_log]
+    assert [entry["loss"] for entry in trainer.state.log_history if "loss" in entry] == approx(losses, rel=1e-4)
+    assert at_first == approx(losses[0], rel=1e-4)
+    # Else this could not see one of them that does nothing.
+    for left_out in WEIGHTED:
+        others, _ = reference_training(mode, "layer", **{k: v for k, v in WEIGHTED.items() if k != left_out})
+        assert max((expected[name] - others[name]).abs().max() for name in expected) > 1e-3
+
+
+def test_a_short_micro_batch_of_weighted_rows(tmp_path):
+    """Four rows, then two, in one step: six rows in one batch. Their weights' sums would have it otherwise."""
+    weights, _ = train(
+        tmp_path,
+        make_model(ga_granularity="layer", class_weights=list(WEIGHTED["class_weights"])),
+        rows=6,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        label_smoothing_factor=WEIGHTED["smoothing"],
+        max_steps=2,
+    )
+    assert_same_weights(weights, reference_training("soft", "layer", batches=((0, 6),) * 2, **WEIGHTED)[0])
+
+
+def test_label_smoothing_of_one_exit_is_the_stock_trainers(tmp_path):
+    changes = {"ga_mode": "none", "distillation": "none", "exit_loss_weights": "last"}
+    smoothed = {"label_smoothing_factor": 0.3, "max_grad_norm": 1.0}
+    stock, stock_log = train(tmp_path, make_model(**changes), trainer_class=Trainer, **smoothed)
+    ours, our_log = train(tmp_path, make_model(**changes), **smoothed)
+    assert_same_weights(ours, stock)
+    assert [row["loss"] for row in our_log] == approx([row["loss"] for row in stock_log], rel=1e-5)
+
+
+def test_a_smoothing_that_is_none(tmp_path):
+    with raises(ValueError, match=r"`label_smoothing_factor` must lie in \[0, 1\]. Got 1.5"):
+        make_trainer(tmp_path, make_model(), label_smoothing_factor=1.5)
+
+
+def loss_of_logits(outputs, labels, num_items_in_batch=None):
+    return F.cross_entropy(outputs.logits, labels)
+
+
+@mark.parametrize("mode", ["soft", "none"])
+def test_a_loss_function_that_leaves_exits_out_is_refused(tmp_path, mode):
+    more = {"compute_loss_func": loss_of_logits}
+    with raises(ValueError, match="`compute_loss_func` takes the place of the loss of all exits.*`class_weights` of"):
+        make_trainer(tmp_path, make_model(ga_mode=mode), more=more)
+    # Where there is nothing to leave out, it is the stock Trainer's.
+    alone = {"exit_layers": [LAYERS], "ga_mode": mode}
+    assert_same_weights(
+        train(tmp_path, make_model(**alone), more=more)[0],
+        train(tmp_path, make_model(**alone), more=more, trainer_class=Trainer)[0],
+    )
+    with raises(ValueError, match="the place of .* `class_weights`"):
+        make_trainer(tmp_path, make_model(**alone, class_weights=[1, 2, 3]), more=more)
+
+
+class UsualRecipe(GamlTrainer):
+    """As it stands in many a forum."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        loss = F.cross_entropy(outputs.get("logits"), labels, weight=torch.tensor([1.0, 2.0, 3.0]))
+        return (loss, outputs) if return_outputs else loss
+
+
+class EveryExit(GamlTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        outputs = model(**inputs, output_exit_logits=True)
+        per_exit = [F.cross_entropy(outputs.exit_logits[:, m], labels) for m in range(LAYERS)]
+        loss = sum(w * loss for w, loss in zip(EXIT_WEIGHTS, per_exit, strict=True))
+        return (loss, outputs) if return_outputs else loss
+
+
+class Added(GamlTrainer):
+    def compute_loss(self, *args, **kwargs):
+        return super().compute_loss(*args, **kwargs) + 0.0
+
+
+@mark.parametrize(
+    ("mode", "kind", "sentence"),
+    [
+        ("soft", UsualRecipe, r"`UsualRecipe.compute_loss` does not call that of GamlTrainer.*`ga_mode='soft'`"),
+        ("soft", EveryExit, r"`EveryExit.compute_loss` does not call that of GamlTrainer"),
+        (
+            "none",
+            UsualRecipe,
+            r"`UsualRecipe.compute_loss` leaves out exits \[1, 2\]: .*`class_weights` of the config",
+        ),
+    ],
+)
+def test_a_compute_loss_that_leaves_something_out_is_refused(tmp_path, mode, kind, sentence):
+    before = weights_of(make_model())
+    model = make_model(ga_mode=mode)
+    with raises(ValueError, match=sentence):
+        train(tmp_path, model, trainer_class=kind)
+    assert all(torch.equal(weight, before[name]) for name, weight in weights_of(model).items())
+
+
+def test_a_compute_loss_set_on_a_trainer_is_looked_at_too(tmp_path):
+    trainer = make_trainer(tmp_path, make_model(ga_mode="none"))
+    trainer.compute_loss = lambda *args, **kwargs: UsualRecipe.compute_loss(trainer, *args, **kwargs)
+    with raises(ValueError, match=r"leaves out exits \[1, 2\]"):
+        trainer.train()
+
+
+def test_a_compute_loss_that_leaves_nothing_out(tmp_path):
+    model = make_model(ga_granularity="layer")
+    assert_same_weights(train(tmp_path, model, trainer_class=Added)[0], reference_training("soft", "layer")[0])
+    alone = {"ga_mode": "none", "distillation": "none"}
+    assert_same_weights(
+        train(tmp_path, make_model(**alone), trainer_class=EveryExit)[0], train(tmp_path, make_model(**alone))[0]
+    )
+    last = {"ga_mode": "none", "distillation": "none", "exit_loss_weights": "last"}
+    train(tmp_path, make_model(**last), trainer_class=UsualRecipe)  # there is one exit to train
+
+
 def test_every_parameter_moves(tmp_path):
     before = weights_of(make_model())
     after, _ = train(tmp_path, make_model(), max_steps=1)
@@ -283,9 +434,6 @@ class DuringAccumulation(TrainerCallback):
         self.action()
 
 
-ACCUMULATED = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
-
-
 def test_evaluation_does_not_disturb_an_accumulation(tmp_path):
     trainer = make_trainer(tmp_path, make_model(ga_granularity="layer"), **ACCUMULATED)
     losses = []
@@ -335,9 +483,6 @@ REFUSED = {
     "nn.DataParallel": set_attribute("_n_gpu", 2),
     "spread over several devices.*": set_attribute("is_distributed_loading_by_transformers", True),
     "`parallelism_config`": lambda trainer: setattr(trainer.args, "parallelism_config", object()),
-    "`compute_loss_func`": set_attribute(
-        "compute_loss_func", lambda outputs, labels, num_items_in_batch: outputs.loss
-    ),
     "reentrant checkpointing": lambda trainer: trainer.model.gradient_checkpointing_enable({"use_reentrant": True}),
 }
 
@@ -356,7 +501,6 @@ def test_refused_at_the_start_of_training(tmp_path, name):
 @mark.parametrize(
     ("name", "changes"),
     [
-        ("label_smoothing_factor", {"label_smoothing_factor": 0.1}),
         ("optim=.*lomo", {"optim": "lomo"}),
         ("optim=.*layerwise", {"optim": "galore_adamw_layerwise", "optim_target_modules": ["query"]}),
     ],
@@ -476,3 +620,71 @@ def test_an_evaluation_that_fails_loses_nothing(tmp_path, strategy):
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     undisturbed, _ = train(tmp_path / "other", make_model())
     assert_same_weights(weights_of(resumed.model), undisturbed)
+
+
+# Evaluation
+
+
+def usual_metrics(prediction):
+    """As it stands in the examples of Transformers."""
+    logits, labels = prediction
+    return {"accuracy": float((logits.argmax(axis=-1) == labels).mean())}
+
+
+@mark.parametrize("mode", ["soft", "none"])
+@mark.parametrize("kind", [GamlTrainer, Trainer])
+def test_the_usual_compute_metrics(tmp_path, kind, mode):
+    model = make_model(ga_mode=mode, exit_strategy="patience", patience=1)
+    trainer = make_trainer(
+        tmp_path,
+        model,
+        trainer_class=kind,
+        eval_strategy="epoch",
+        more={"eval_dataset": Rows(), "compute_metrics": usual_metrics},
+    )
+    trainer.train()
+    with torch.no_grad():
+        inputs = vars(Rows())
+        answers = model.eval()(inputs["input_ids"], inputs["attention_mask"]).logits
+    accuracy = float((answers.argmax(dim=-1) == inputs["labels"]).double().mean())
+    assert [entry["eval_accuracy"] for entry in trainer.state.log_history if "eval_accuracy" in entry][-1] == accuracy
+    assert trainer.evaluate()["eval_accuracy"] == accuracy
+    for rows in (Rows(), [{k: v for k, v in row.items() if k != "labels"} for row in Rows()]):
+        assert_close(torch.tensor(trainer.predict(rows).predictions), answers, rtol=1e-5, atol=1e-5)
+
+
+def test_a_compute_metrics_that_asks_for_the_exits(tmp_path):
+    shapes = []
+
+    def metrics(prediction):
+        shapes.append([values.shape for values in prediction.predictions])
+        return {}
+
+    metrics.ignore_keys = ExitMetrics.ignore_keys
+    trainer = make_trainer(
+        tmp_path, make_model(), eval_strategy="epoch", more={"eval_dataset": Rows(), "compute_metrics": metrics}
+    )
+    trainer.train()
+    trainer.evaluate()
+    trainer.predict(Rows())
+    assert shapes == [[(ROWS, 3), (ROWS,), (ROWS, LAYERS, 3)]] * (STEPS + 2)
+    trainer.compute_metrics = None
+    assert trainer.predict(Rows(), ignore_keys=["ce_loss", "kd_loss", "exit_logits"]).predictions[1].shape == (ROWS,)
+
+
+@mark.parametrize("strategy", ["random", "group_by_length"])
+def test_predictions_are_in_the_order_of_the_rows(tmp_path, strategy):
+    """Sorted by length, the stock Trainer's are not, with "group_by_length": no word of it, and labels go along."""
+    lengths = [2, 7, 3, 6, 4, 8, 5, 2, 8, 3]
+    rows = [{"input_ids": torch.randint(1, 20, (length,)), "labels": row % 3} for row, length in enumerate(lengths)]
+    model = make_model(exit_strategy="patience", patience=1)
+    changes = {"train_sampling_strategy": strategy, "per_device_eval_batch_size": 1}
+    trainer = make_trainer(tmp_path, model, **changes)
+    with torch.no_grad():
+        expected = torch.cat([model.eval()(row["input_ids"][None]).logits for row in rows])
+    found = trainer.predict(rows)
+    assert found.label_ids.tolist() == [row["labels"] for row in rows]
+    assert_close(torch.tensor(found.predictions), expected, rtol=1e-5, atol=1e-5)
+    trainer.compute_metrics = usual_metrics
+    right = expected.argmax(dim=-1) == torch.tensor(found.label_ids)
+    assert trainer.evaluate(rows)["eval_accuracy"] == float(right.double().mean())

@@ -51,6 +51,10 @@ class GamlBertConfig(BertConfig):
         exit_loss_weights (`str`, *optional*, defaults to `"linear"`):
             Weights of the exits in L^CE: `"linear"` (Eq. 1), `"uniform"`, or `"last"` (plain fine-tuning). Read in
             training.
+        class_weights (`list[float]`, *optional*):
+            What a row of each class weighs in L^CE at every exit, one finite number from 0 per class; 1 by default.
+            Where they are 1 in the mean over the training rows, as `--class_weights balanced` makes them, L^CE keeps
+            its size beside L^KD. Read in training.
         distillation (`str` or `list[list[int]]`, *optional*, defaults to `"mutual"`):
             Which exits learn from which: `"mutual"` (Eq. 3), `"last_to_all"` (FastBERT's direction), `"none"` (Eq. 1
             alone: PABEE, DeeBERT, Shallow-Deep), or a list of `[teacher, student]` layers (Table 1). Read in training.
@@ -95,6 +99,7 @@ class GamlBertConfig(BertConfig):
     exit_learning_rate_multiplier: float | int = 10.0
     exit_warm_start: bool = True
     exit_loss_weights: Literal["linear", "uniform", "last"] = "linear"
+    class_weights: list[float | int] | None = None
     distillation: Literal["mutual", "last_to_all", "none"] | list[list[int]] = "mutual"
     kd_reduction: Literal["sum", "mean"] = "mean"
     kd_temperature: float | int = 1.0
@@ -109,8 +114,9 @@ class GamlBertConfig(BertConfig):
     exit_threshold: float | int | None = None
     exit_temperatures: list[float | int] | None = None
 
-    # Scalars have no place among a Trainer's stacked predictions.
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["ce_loss", "kd_loss"]
+    # So that a Trainer's predictions are the logits alone, as `compute_metrics` of the usual examples expects them.
+    # Whoever wants the exits asks with `ignore_keys`, see `ExitMetrics`.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["ce_loss", "kd_loss", "exit_layer", "exit_logits"]
 
     def __post_init__(self, **kwargs):
         refuse_misspelt(kwargs, self)
@@ -226,6 +232,16 @@ class GamlBertConfig(BertConfig):
                         f"`distillation` must hold pairs [teacher, student] of two different exits out of "
                         f"{self.exit_layers}. Got the pair {pair}."
                     )
+
+    def validate_class_weights(self):
+        weights = self.class_weights
+        if weights is not None and (
+            len(weights) != self.num_labels or not all(0 <= w < float("inf") for w in weights) or not any(weights)
+        ):
+            raise ValueError(
+                f"`class_weights` must hold one finite number from 0 for each of the {self.num_labels} classes, not "
+                f"all of them 0, or be None. Got `class_weights={weights}`."
+            )
 
     def validate_task(self):
         if self.problem_type not in (None, "single_label_classification"):

@@ -11,7 +11,7 @@ import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -160,11 +160,19 @@ class ExitMetrics:
     (`metric_for_best_model="exit_mean"`); `best_exit`; and `one_class_exits`, how many exits answer every row with one
     class, which are named in the log.
 
+    It needs the logits of every exit. `ignore_keys` asks a [`GamlTrainer`] for them; the stock Trainer takes it as
+    `train(ignore_keys_for_eval=ExitMetrics.ignore_keys)` and `evaluate(ignore_keys=ExitMetrics.ignore_keys)`.
+
     Args:
         config ([`GamlBertConfig`]): of the model that is evaluated; its policy is read at each call.
         score (`Callable`): `(predictions, references) -> dict[str, float]`.
         main_metric (`str`): the name of the one score that is compared.
+
+    Raises:
+        ValueError: when called, where the predictions lack the exits.
     """
+
+    ignore_keys: ClassVar[list[str]] = ["ce_loss", "kd_loss"]  # of the output; what else it has are the predictions
 
     def __init__(self, config: Any, score: Score, main_metric: str):
         self.config, self.score, self.main_metric = config, score, main_metric
@@ -174,7 +182,8 @@ class ExitMetrics:
         if not isinstance(predictions, tuple) or len(predictions) < 3:
             raise ValueError(
                 "`predictions` must be the tuple (logits, exit_layer, exit_logits), which the model returns for rows "
-                f"with labels. Got {type(predictions).__name__}."
+                "with labels and a stock Trainer keeps with `ignore_keys=ExitMetrics.ignore_keys` (in `train`, "
+                f"`ignore_keys_for_eval`). Got {type(predictions).__name__}."
             )
         exit_logits, labels = predictions[2], eval_prediction.label_ids
         scores = score_exits(exit_logits, labels, self.config.exit_layers, self.score)

@@ -30,7 +30,14 @@ def exit_weights(exit_layers: Sequence[int], scheme: str) -> list[float]:
     return [weight / sum(raw) for weight in raw]
 
 
-def cross_entropy_loss(exit_logits: Tensor, labels: Tensor, weights: Sequence[float]) -> Tensor:
+def cross_entropy_loss(
+    exit_logits: Tensor,
+    labels: Tensor,
+    weights: Sequence[float],
+    *,
+    class_weights: Sequence[float] | None = None,
+    label_smoothing: float = 0.0,
+) -> Tensor:
     """
     `L^CE = sum_m w_m * L_m^CE`, with `w_m = m / sum(m)` in the paper (Eq. 1).
 
@@ -38,14 +45,24 @@ def cross_entropy_loss(exit_logits: Tensor, labels: Tensor, weights: Sequence[fl
         exit_logits (`torch.Tensor` of shape `(batch_size, num_exits, num_labels)`): one row of logits per exit.
         labels (`torch.LongTensor` of shape `(batch_size,)`): in `[0, num_labels - 1]`.
         weights (`list[float]`): one per exit, see [`exit_weights`].
+        class_weights (`list[float]`, *optional*):
+            What a row of each class weighs, one per class; 1 by default. The sum over rows is divided by their number
+            and not, as in `torch.nn.CrossEntropyLoss`, by the sum of their weights: a row would then weigh more or
+            less by its neighbours. A row's weight is of its whole loss, smoothed or not.
+        label_smoothing (`float`): share of the target, in `[0, 1]`, that is spread evenly over all classes.
 
     Returns:
         `torch.Tensor` of shape `()`, in nats: the mean over the batch of the weighted sum over exits.
     """
     batch_size, num_exits, num_labels = exit_logits.shape
     per_exit = F.cross_entropy(
-        exit_logits.float().flatten(0, 1), labels.repeat_interleave(num_exits), reduction="none"
+        exit_logits.float().flatten(0, 1),
+        labels.repeat_interleave(num_exits),
+        reduction="none",
+        label_smoothing=label_smoothing,
     ).view(batch_size, num_exits)
+    if class_weights is not None:
+        per_exit = per_exit * per_exit.new_tensor(class_weights)[labels, None]
     return (per_exit.mean(dim=0) * per_exit.new_tensor(weights)).sum()
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import BertModel, BertPreTrainedModel, initialization
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.bert.modeling_bert import BertPooler
-from transformers.utils import ModelOutput, cached_file
+from transformers.utils import ModelOutput, cached_file, logging
 from transformers.utils.output_capturing import capture_outputs
 
 from .checksums_gaml import verify_weights, weight_files, write_checksum
@@ -25,6 +25,9 @@ from .exits_gaml import RunningNorm, layer_norm, mean_over_tokens
 from .handler import EndpointHandler  # noqa: F401
 from .losses_gaml import cross_entropy_loss, distillation_loss, distillation_pairs, exit_weights, total_loss
 from .pipeline_gaml import GamlTextClassificationPipeline  # noqa: F401
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -163,6 +166,8 @@ class GamlBertForSequenceClassification(BertPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         *,
+        # Not `label_smoothing`: a Trainer takes each argument with "label" in its name for a column of labels.
+        smoothing: float = 0.0,
         exit_policy: ExitPolicy | None = None,
         output_exit_logits: bool = False,
         output_exit_states: bool = False,
@@ -182,6 +187,7 @@ class GamlBertForSequenceClassification(BertPreTrainedModel):
             inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
                 Embeddings in place of `input_ids`.
             labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*): classes, in `[0, num_labels - 1]`.
+            smoothing (`float`): label smoothing of L^CE at every exit, in `[0, 1]`.
             exit_policy ([`ExitPolicy`], *optional*): decides for this call. Defaults to the config's.
             output_exit_logits (`bool`): return the logits of all exits.
             output_exit_states (`bool`): return what each exit read.
@@ -212,13 +218,20 @@ class GamlBertForSequenceClassification(BertPreTrainedModel):
         exit_logits, exit_states = self._run_all_exits(hidden_states, attention_mask)
         if self.training:
             logits, exit_layer = exit_logits[:, -1], None
+            if labels is None and not output_exit_logits and not torch.compiler.is_compiling():
+                logger.warning_once(
+                    "In training mode and without `labels`, a loss made of `logits` trains the last exit alone (so do "
+                    "`label_smoothing_factor` and `compute_loss_func` of a stock Trainer; GamlTrainer smooths the "
+                    "labels of every exit). Give `labels`, or make the loss of `exit_logits` and say so with "
+                    "`output_exit_logits=True`."
+                )
         else:
             position = (exit_policy or policy_from_config(self.config)).replay(exit_logits)  # (batch_size,)
             logits = exit_logits[torch.arange(len(position), device=position.device), position]
             exit_layer = position.new_tensor(self.config.exit_layers)[position]
         loss = ce_loss = kd_loss = None
         if labels is not None:
-            loss, ce_loss, kd_loss = self._losses(exit_logits, labels)
+            loss, ce_loss, kd_loss = self._losses(exit_logits, labels, smoothing)
         return GamlSequenceClassifierOutput(
             loss=loss,
             logits=logits,
@@ -428,11 +441,16 @@ class GamlBertForSequenceClassification(BertPreTrainedModel):
         state.pop("_layer_functions", None)  # compiled code cannot be pickled
         return state
 
-    def _losses(self, exit_logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _losses(self, exit_logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
         """L, L^CE and L^KD of Eqs. 2, 1 and 3. Where nothing distils (PABEE's training), L is L^CE."""
         config, alone = self.config, self.last_exit_alone
-        weights = exit_weights(config.exit_layers, "last" if alone else config.exit_loss_weights)
-        ce_loss = cross_entropy_loss(exit_logits, labels, weights)
+        ce_loss = cross_entropy_loss(
+            exit_logits,
+            labels,
+            exit_weights(config.exit_layers, "last" if alone else config.exit_loss_weights),
+            class_weights=config.class_weights,
+            label_smoothing=smoothing,
+        )
         pairs = [] if alone else distillation_pairs(config.distillation, config.exit_layers)
         kd_loss = distillation_loss(
             exit_logits,

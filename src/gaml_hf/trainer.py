@@ -45,11 +45,17 @@ from .exit_start import (
     warm_start,
 )
 from .hub import TOLD_ARGUMENTS, TOLD_FIELDS, push_checkpoint, save_checkpoint
-from .losses_gaml import distillation_pairs, total_loss
+from .losses_gaml import distillation_pairs, exit_weights, total_loss
 
 
 logger = logging.get_logger(__name__)
 
+# The way out, where a loss of one's own would not train what the config says.
+OTHER_LOSSES = (
+    "Class weights go into `class_weights` of the config and label smoothing into `label_smoothing_factor`, for every "
+    "exit; for anything else, override `compute_loss`: add to what `super().compute_loss` returns or, with "
+    '`ga_mode="none"`, make the loss of `outputs.exit_logits`.'
+)
 BUCKET_BYTES = 25 * 2**20  # of one all-reduce, as DistributedDataParallel's default
 EXIT_PARAMETER = re.compile(r"(^|\.)exit_(classifiers|poolers)\.")  # its name, also where PEFT has wrapped it
 NORM_MOMENTUM = 0.1  # of a step, in the statistics of `exit_norm="running"`
@@ -68,6 +74,14 @@ class GamlTrainer(Trainer):
     The stock Trainer, and so `ga_mode="none"`, averages the means of the micro-batches, where the rows of a short last
     one weigh more, and over several ranks fills the last one up with rows that were there before.
 
+    Label smoothing (`label_smoothing_factor`) and the config's `class_weights` are part of L^CE at every exit, in
+    every mode; with the stock Trainer, label smoothing trains the last exit alone.
+
+    Predictions are the logits, and `compute_metrics` gets them as in any example. One that has `ignore_keys`, as
+    [`~gaml_hf.evaluation.ExitMetrics`] has, names what it does not need, and the predictions of `evaluate` and
+    `predict` are then a tuple, (logits, exit_layer, exit_logits). They come in the order of the rows, whatever
+    `train_sampling_strategy` says.
+
     Datasets are checked before the first step, see [`~gaml_hf.data_checks.check_dataset`].
 
     Logged beside the loss (which is L of Eq. 2 in every mode), as means over the steps since the last entry, without
@@ -85,10 +99,11 @@ class GamlTrainer(Trainer):
     Raises:
         ValueError: at construction, or when training starts, where alignment would not see the plain gradients
             (DeepSpeed, FSDP and other sharding, `nn.DataParallel`, optimizers that step inside the backward pass,
-            reentrant checkpointing), or where there is a loss beside L^CE (label smoothing, a custom one). At
+            reentrant checkpointing), or where `compute_loss_func` would leave exits or `class_weights` out. At
             construction with `push_to_hub=True`, where a push would not be complete or would hold a pickle. When
             training starts, where a dataset is empty, lacks a column, or holds a wrong label, or the checkpoint to
-            resume from is not complete.
+            resume from is not complete. In the first step, where a `compute_loss` of a subclass leaves exits or the
+            alignment out.
         FloatingPointError: the loss, the gradient or the weights are no longer finite, on any rank: all ranks stop,
             and nothing is saved after that. Also where an answer in an evaluation or a prediction is not finite.
         OSError: the disk is full. The checkpoints before are as they were.
@@ -98,6 +113,7 @@ class GamlTrainer(Trainer):
         super().__init__(*args, **kwargs)
         if self.args.push_to_hub:
             self._refuse_unpushable()
+        self.label_smoother = None  # it would take the labels away from the model; `compute_loss` has its own way
         self._reset()
         self._refuse_unsupported()
         self.add_callback(_TrainingGuard(self))
@@ -127,6 +143,8 @@ class GamlTrainer(Trainer):
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.args.label_smoothing_factor:
+            inputs = {**inputs, "smoothing": self.args.label_smoothing_factor}
         if not model.training:
             return super().compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
@@ -278,6 +296,8 @@ class GamlTrainer(Trainer):
         return min(max(remainder - self.args.process_index * batch_size, 0), batch_size)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        if ignore_keys is None:
+            ignore_keys = getattr(self.compute_metrics, "ignore_keys", None)
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
         batch_size = 0 if loss is None else find_batch_size(inputs)
         own = self._rows_of_its_own(batch_size)
@@ -286,6 +306,11 @@ class GamlTrainer(Trainer):
             # DistributedDataParallel would wait for the other ranks.
             loss, _, _ = super().prediction_step(self.model, slice_tensors(inputs, slice(own)), True)
         return loss, logits, labels
+
+    def _get_eval_sampler(self, eval_dataset):
+        # None is the rows' own order. With "group_by_length" the stock Trainer would sort them as it does in training,
+        # and what is said of each row (predictions in a file, lengths) would be said of another.
+        return None
 
     # Datasets
 
@@ -376,7 +401,11 @@ class GamlTrainer(Trainer):
     # Gradients
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        is_ours = getattr(self.compute_loss, "__func__", None) is GamlTrainer.compute_loss
+        if self._loss_is_finite is None and not is_ours:
+            loss = self._first_training_step(model, inputs, num_items_in_batch)
+        else:
+            loss = super().training_step(model, inputs, num_items_in_batch)
         if self._kd_loss is not None:
             loss = total_loss(loss, self._kd_loss, self.model.config.alpha)
             self._kd_loss = None
@@ -387,6 +416,40 @@ class GamlTrainer(Trainer):
         if self._exit_moments is not None and self.accelerator.sync_gradients:
             self._update_exit_norms()
         return loss
+
+    def _first_training_step(self, model, inputs, num_items_in_batch) -> Tensor:
+        """With the `compute_loss` of a subclass: see what its loss reaches, before a weight has moved."""
+        config = self.model.config
+        reached: list[Tensor] = []  # gradients of the loss at `exit_logits`, (batch_size, num_exits, num_labels)
+
+        def watch(module, args, output) -> None:
+            output.exit_logits.register_hook(reached.append)
+
+        hook = self.model.register_forward_hook(watch)
+        try:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        finally:
+            hook.remove()
+        forgotten = [m for i, m in enumerate(config.exit_layers) if not any(g[:, i].any() for g in reached)]
+        forgotten = [m for m in forgotten if m in self._learning_exits()]
+        name = f"`{type(self).__name__}.compute_loss`"
+        if self.aligns and self._kd_loss is None:
+            raise ValueError(
+                f"{name} does not call that of GamlTrainer, so nothing would be aligned "
+                f"(`ga_mode={config.ga_mode!r}`). {OTHER_LOSSES}"
+            )
+        if forgotten:
+            raise ValueError(f"{name} leaves out exits {forgotten}: its loss has no gradient there. {OTHER_LOSSES}")
+        return loss
+
+    def _learning_exits(self) -> set[int]:
+        """The layers of the exits that have a part in L, as the config says."""
+        config = self.model.config
+        if self._bare_model.last_exit_alone:
+            return set(config.exit_layers[-1:])
+        weights = exit_weights(config.exit_layers, config.exit_loss_weights)
+        students = {student for _, student in distillation_pairs(config.distillation, config.exit_layers)}
+        return students | {m for m, weight in zip(config.exit_layers, weights, strict=True) if weight}
 
     def _parameters(self) -> list[torch.nn.Parameter]:
         # Looked up every time: `model_init` and hyper-parameter search replace the model.
@@ -422,6 +485,16 @@ class GamlTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def _refuse_unsupported(self) -> None:
+        config = self.model.config
+        if not 0 <= self.args.label_smoothing_factor <= 1:
+            raise ValueError(f"`label_smoothing_factor` must lie in [0, 1]. Got {self.args.label_smoothing_factor}.")
+        if self.compute_loss_func is not None and (
+            self.aligns or config.class_weights or self._learning_exits() != {config.exit_layers[-1]}
+        ):
+            raise ValueError(
+                "`compute_loss_func` takes the place of the loss of all exits (Eq. 1) and of `class_weights`, and is "
+                f"for models that train their last exit alone. {OTHER_LOSSES}"
+            )
         if not self.aligns:
             return
         optim = self.args.optim.value
@@ -438,8 +511,6 @@ class GamlTrainer(Trainer):
             ),
             "nn.DataParallel (use torchrun, or show one GPU only)": self.args.n_gpu > 1,
             f"`optim={optim!r}`, which steps inside the backward pass": "lomo" in optim or "layerwise" in optim,
-            "`label_smoothing_factor`": self.args.label_smoothing_factor != 0,
-            "`compute_loss_func`": self.compute_loss_func is not None,
             "reentrant checkpointing (set its `use_reentrant` to `False`)": any(
                 # Left out, it is True to torch; transformers sets False where it gets no keywords at all.
                 getattr(module, "gradient_checkpointing", False)
