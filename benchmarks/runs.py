@@ -342,7 +342,8 @@ def fit_static(
         num_labels=get_task(run.task).num_labels,
         arguments=arguments,
         trainer_arguments=common | plain_scores,
-        teacher=partial(teacher, run, settings, arguments, common, full_depth),
+        teacher=partial(teacher, "truncated", run, settings, arguments, common, full_depth),
+        plain=partial(teacher, "bert", run, settings, arguments, common, full_depth),
         layers=run.layers or full_depth // 2,
     )
     trainer = baseline.make(context)
@@ -352,21 +353,23 @@ def fit_static(
 
 
 def teacher(
-    run: Run, settings: Settings, arguments: TrainingArguments, common: dict[str, Any], full_depth: int
+    system: str, run: Run, settings: Settings, arguments: TrainingArguments, common: dict[str, Any], full_depth: int
 ) -> PreTrainedModel:
-    """Plain BERT at full depth, by the same seed and recipe; trained once and kept beside the JSONs."""
-    of = replace(run, system="truncated", layers=full_depth)
+    """Plain BERT at full depth, stock or with one exit, by the same seed and recipe; kept beside the JSONs."""
+    of = replace(run, system=system, layers=full_depth)
     folder = settings.ledger / "teachers" / of.name
     if not folder.exists():
         with tempfile.TemporaryDirectory() as scratch:
             arguments = copy.copy(arguments)
             arguments.output_dir = scratch
-            _, model = fit_static(of, settings, arguments, common, full_depth)
+            fit = fit_exits if system in EXIT_SYSTEMS else fit_static
+            _, model = fit(of, settings, arguments, common, full_depth)
         unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
         model.save_pretrained(unfinished)
         os.replace(unfinished, folder)
         set_seed(run.seed)
-    return BertForSequenceClassification.from_pretrained(folder)
+    of_system = GamlBertForSequenceClassification if system in EXIT_SYSTEMS else BertForSequenceClassification
+    return of_system.from_pretrained(folder)
 
 
 class AngleWatcher(GamlTrainer):

@@ -18,6 +18,7 @@ class Context:
             `compute_metrics`, `callbacks`, `processing_class`.
         teacher (`Callable[[], PreTrainedModel]`): gives a full-depth `BertForSequenceClassification` fine-tuned with
             the same seed. Only the methods that learn from one ask for it.
+        plain (`Callable[[], PreTrainedModel]`): gives the same as a GAML-BERT with one exit, at the last layer.
         layers (`int`): the depth to reach; half of the backbone's in the paper.
         student (`str`, *optional*): for `distilbert`, a pre-trained student; it must read the teacher's vocabulary.
     """
@@ -27,6 +28,7 @@ class Context:
     arguments: TrainingArguments
     trainer_arguments: dict[str, Any]
     teacher: Callable[[], PreTrainedModel]
+    plain: Callable[[], PreTrainedModel]
     layers: int
     student: str | None = None
 
