@@ -163,7 +163,9 @@ CHINESE = [f"服务{a}很{b}" for a in "好差快慢" for b in "好差快慢多�
 
 
 @mark.parametrize(
-    "text", [["good", "bad"] * 30, [f"{word}!" for word in "abcdefghij" * 6], CHINESE * 2, [*TEXT[:59], ""]], ids=repr
+    "text",
+    [["good", "bad"] * 30, [f"{word}!" for word in "abcdefghij" * 6], CHINESE, [*TEXT[:59], ""]],
+    ids=["words", "short", "without blanks", "one missing"],
 )
 def test_texts_of_any_kind_are_texts(source, text):
     assert find_text_columns(source(text=text, label=LABEL[: len(text)]), "label") == ["text"]
