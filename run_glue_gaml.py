@@ -288,7 +288,7 @@ def load_config(model_args: ModelArguments, gaml_args: GamlArguments, **fields) 
     """The config of the model to be, and what is wrong with it in one sentence."""
     try:
         return GamlBertConfig.from_pretrained(
-            model_args.model_name_or_path, **model_args.source(), **gaml_args.config_fields(), **fields
+            model_args.model_name_or_path, **model_args.source(), **(gaml_args.config_fields() | fields)
         )
     except StrictDataclassError as error:
         raise ValueError(str(error.__cause__ or error)) from error
@@ -299,9 +299,9 @@ def load_model(
 ) -> tuple[GamlBertForSequenceClassification, PreTrainedTokenizerBase]:
     """A model for these classes. One that was trained for them keeps its own names and their order."""
     name, source = model_args.model_name_or_path, model_args.source()
-    config = load_config(model_args, gaml_args)
-    if GamlBertForSequenceClassification.__name__ in (config.architectures or []):
-        own = [config.id2label[k] for k in range(config.num_labels)]
+    found, labels = GamlBertConfig.from_pretrained(name, **source), {}
+    if GamlBertForSequenceClassification.__name__ in (found.architectures or []):
+        own = [found.id2label[k] for k in range(found.num_labels)]
         try:
             fits = sorted(map(task.class_index, own)) == [*range(task.num_labels)] if task else None
         except ValueError:
@@ -314,8 +314,9 @@ def load_model(
     elif label_names is None:
         raise ValueError(f"The model `{name}` has no classes yet: give rows with labels. Got rows to predict alone.")
     else:
-        label2id = {label: i for i, label in enumerate(label_names)}
-        config = load_config(model_args, gaml_args, id2label=dict(enumerate(label_names)), label2id=label2id)
+        labels["id2label"] = dict(enumerate(label_names))
+        labels["label2id"] = {label: i for i, label in enumerate(label_names)}
+    config = load_config(model_args, gaml_args, **labels)
     tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer_name or name, trust_remote_code=False, **source)
     return GamlBertForSequenceClassification.from_pretrained(name, config=config, **source), tokenizer
 
@@ -538,7 +539,7 @@ def main(argv: list[str] | None = None) -> dict:
             flat = {f"exit_{m}": values[main_metric] for m, values in evaluation["exits"].items()}
             flat |= {"exit_mean": evaluation["exit_mean"], **evaluation["policy"], "samples": len(part)}
             results |= {f"{prefix}_{key}": value for key, value in flat.items()}
-            tables.append(score_table(split, evaluation, chosen, run))
+            tables.append(score_table(split, evaluation, run))
             if trainer.is_world_process_zero() and prefix == "eval":
                 depth = {m: values[main_metric] for m, values in evaluation["exits"].items()}
                 curves = {
@@ -634,7 +635,7 @@ def class_counts(labels: Sequence[int], label_names: list[str]) -> dict[str, int
     return dict(zip(label_names, np.bincount(labels, minlength=len(label_names)).tolist(), strict=True))
 
 
-def score_table(split: str, evaluation: dict, chosen: OperatingPoint | None, run: dict) -> str:
+def score_table(split: str, evaluation: dict, run: dict) -> str:
     """What a person reads at the end."""
     f1_of = "" if run["positive_label"] is None else f"; f1 is that of class {run['positive_label']}"
     names = list(next(iter(evaluation["exits"].values())))
@@ -651,7 +652,7 @@ def score_table(split: str, evaluation: dict, chosen: OperatingPoint | None, run
     policy = evaluation["policy"]
     name = policy["exit_strategy"] + ("" if policy["parameter"] is None else f" {policy['parameter']:.4g}")
     lines.append(name.ljust(22) + "".join(f"{policy[key]:.4f}".rjust(width) for key in names))
-    lines.append(policy_line("speed-up", policy) + (" (policy chosen on rows set aside)" if chosen else ""))
+    lines.append(policy_line("speed-up", policy) + (" (policy chosen on rows set aside)" if "chosen" in run else ""))
     return "\n".join(lines)
 
 
