@@ -21,7 +21,8 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -30,8 +31,8 @@ import numpy as np
 import torch
 import transformers
 import yaml
-from datasets import DatasetDict, load_dataset
-from datasets.exceptions import DatasetGenerationError
+from datasets import Dataset, DatasetDict, load_dataset
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoTokenizer,
     DataCollatorWithPadding,
@@ -45,7 +46,7 @@ from transformers import (
 from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification, GamlTrainer, __version__, plots
 from gaml_hf.checkpoints import training_checkpoints
 from gaml_hf.configuration_gaml_bert import PAPER_LETTER
-from gaml_hf.data_checks import column_values
+from gaml_hf.data_files import RowFile, class_names, encode_labels, find_text_columns, known_classes, read_split
 from gaml_hf.evaluation import (
     ExitMetrics,
     OperatingPoint,
@@ -63,7 +64,7 @@ from gaml_hf.evaluation import (
     warn_of_one_class,
 )
 from gaml_hf.exiting_gaml import EXIT_POLICIES
-from gaml_hf.glue import GLUE_TASKS, GlueMetric, get_task, selection_scorer
+from gaml_hf.glue import GLUE_TASKS, GlueMetric, GlueTask, get_task, selection_scorer
 from gaml_hf.hub import TOLD_ARGUMENTS, TOLD_FIELDS, push_checkpoint, save_checkpoint
 
 
@@ -82,6 +83,10 @@ class ModelArguments:
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the Hub."})
     token: str | None = field(default=None, metadata={"help": "Access token for files that are not public."})
 
+    def source(self) -> dict:
+        """What `from_pretrained` is told."""
+        return {"cache_dir": self.cache_dir, "revision": self.model_revision, "token": self.token}
+
 
 @dataclass
 class DataTrainingArguments:
@@ -96,7 +101,7 @@ class DataTrainingArguments:
         metadata={"help": "A dataset on the Hub or a local folder. Defaults to nyu-mll/glue where a task is named."},
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that dataset."})
-    train_file: str | None = field(default=None, metadata={"help": "Training rows: csv, json (lines) or parquet."})
+    train_file: str | None = field(default=None, metadata={"help": "Training rows: csv, tsv, json(l) or parquet."})
     validation_file: str | None = field(default=None, metadata={"help": "Validation rows, likewise."})
     test_file: str | None = field(default=None, metadata={"help": "Rows to predict, likewise."})
     text_columns: list[str] | None = field(
@@ -104,6 +109,10 @@ class DataTrainingArguments:
         metadata={"help": "The one or two text columns. Defaults to the task's, or to the columns that hold text."},
     )
     label_column: str = field(default="label", metadata={"help": "The column of the class: names or whole numbers."})
+    positive_label: str | None = field(
+        default=None,
+        metadata={"help": "Of two classes of your own, the one whose F1 is a score, instead of the mean over both."},
+    )
     max_seq_length: int = field(default=128, metadata={"help": "Longer texts are cut to this many tokens."})
     pad_to_max_length: bool = field(
         default=False, metadata={"help": "Pad every text to `max_seq_length`; else to the longest of its batch."}
@@ -119,17 +128,25 @@ class DataTrainingArguments:
     def __post_init__(self):
         if self.task_name is not None:
             self.task_name = get_task(self.task_name).name
-        elif self.dataset_name is None and self.train_file is None and self.validation_file is None:
+        elif self.dataset_name is None and not self.files():
             raise ValueError("Give `task_name`, `dataset_name`, or `train_file` and `validation_file`.")
-        for name in ("train_file", "validation_file", "test_file"):
-            path = getattr(self, name)
-            if path is not None and (Path(path).suffix not in (".csv", ".json", ".jsonl", ".parquet")):
-                raise ValueError(f"`{name}` must end in .csv, .json, .jsonl or .parquet. Got `{path}`.")
-            if path is not None and not Path(path).is_file():
-                raise ValueError(f"`{name}` must be a file. Got `{path}`, which is not there.")
+        for argument, path in self.files().items():
+            RowFile(path, argument)  # says what is wrong with it
+        if self.text_columns is not None and len(self.text_columns) not in (1, 2):
+            raise ValueError(f"`text_columns` must name one or two columns. Got {self.text_columns}.")
+        if self.positive_label is not None and self.task_name is not None:
+            raise ValueError(
+                f"`positive_label` is for data of your own: what counts in {self.task_name} is set. "
+                f"Got {self.positive_label!r}."
+            )
         for name in ("max_train_samples", "max_eval_samples", "max_predict_samples"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1. Got {getattr(self, name)}.")
+
+    def files(self) -> dict[str, str]:
+        """The files that are given, by argument."""
+        names = ("train_file", "validation_file", "test_file")
+        return {name: path for name in names if (path := getattr(self, name)) is not None}
 
 
 @dataclass
@@ -296,127 +313,33 @@ def parse_arguments(
     return parser.parse_args_into_dataclasses(args=argv)
 
 
-def load_rows(data_args: DataTrainingArguments, model_args: ModelArguments) -> DatasetDict:
+def open_splits(data_args: DataTrainingArguments, model_args: ModelArguments) -> dict[str, RowFile | Dataset]:
     """The splits, by the names they have at their source; files become train, validation and test."""
-    files = {"train": data_args.train_file, "validation": data_args.validation_file, "test": data_args.test_file}
-    files = {split: path for split, path in files.items() if path is not None}
-    if files:
-        suffix = {Path(path).suffix for path in files.values()}
-        if len(suffix) > 1:
-            raise ValueError(f"`train_file`, `validation_file` and `test_file` must be of one format. Got {files}.")
-        builder = {"csv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}[suffix.pop()[1:]]
-        # One by one: together, a column that only one file has would appear in all of them, full of None.
-        rows = DatasetDict()
-        for split, path in files.items():
-            try:
-                rows[split] = load_dataset(builder, data_files=path, split="train", cache_dir=model_args.cache_dir)
-            except DatasetGenerationError as error:  # says nothing itself
-                raise ValueError(f"`{split}_file` could not be read, {path}: {error.__cause__}") from error
-        return rows
+    if files := data_args.files():
+        return {argument.removesuffix("_file"): RowFile(path, argument) for argument, path in files.items()}
     name = data_args.dataset_name or "nyu-mll/glue"
     config_name = data_args.dataset_config_name or (None if data_args.dataset_name else data_args.task_name)
     return load_dataset(name, config_name, cache_dir=model_args.cache_dir, token=model_args.token)
 
 
-def find_columns(rows: DatasetDict, data_args: DataTrainingArguments) -> list[str]:
-    """The text columns, checked to be in every split."""
-    features = next(iter(rows.values())).features
-    if data_args.text_columns is not None:
-        columns = data_args.text_columns
-    elif data_args.task_name is not None:
-        columns = list(get_task(data_args.task_name).text_columns)
-    else:
-        is_text = {"string", "large_string"}
-        columns = [
-            name
-            for name, feature in features.items()
-            if name != data_args.label_column and getattr(feature, "dtype", None) in is_text
-        ]
-    if len(columns) not in (1, 2):
-        raise ValueError(f"`text_columns` must name one or two columns out of {list(features)}. Got {columns}.")
-    for split, part in rows.items():
-        missing = [column for column in columns if column not in part.column_names]
-        if missing:
-            raise ValueError(f"The {split} split has no column {missing}; it has {part.column_names}.")
-        if len(part) == 0:
-            raise ValueError(f"The {split} split is empty.")
-    return columns
+def find_classes(config: GamlBertConfig, task: GlueTask | None) -> dict[str, int]:
+    """The model's class index of each name that a class may have in the data: of a task also those of GLUE."""
+    classes = dict(config.label2id)
+    if task is not None:
+        for name, index in config.label2id.items():
+            k = task.class_index(name)
+            classes |= {task.label_names[k]: index, str(k): index}
+    return classes
 
 
-def find_label_names(rows: DatasetDict, data_args: DataTrainingArguments) -> list[str]:
-    """The class names, in the order of the class indices."""
-    column = data_args.label_column
-    split = "train" if "train" in rows else next(iter(rows))
-    source = rows[split]
-    if column not in source.column_names:
-        raise ValueError(f"`label_column` must be one of {source.column_names}. Got {column!r}.")
-    feature = source.features[column]
-    if isinstance(feature, datasets.ClassLabel):
-        names = feature.names
-    else:
-        classes = ("string", "large_string", "int", "uint", "bool", "null")
-        dtype = str(getattr(feature, "dtype", feature))
-        labels = source.unique(column) if dtype.startswith((*classes, "float")) else [source[0][column]]
-        # NaN is not itself; an empty cell of a csv file is None, or NaN in a column of numbers.
-        missing = [x for x in labels if x is None or x != x or (isinstance(x, str) and not x.strip())]
-        negative = [x for x in labels if x is not None and x < 0] if dtype.startswith("int") else []
-        fractions = [] if dtype.startswith(classes) else labels
-        for wrong, problem in (
-            (missing, "has no label"),
-            (fractions, "must be a name or a whole number (regression is outside the paper)"),
-            (negative, "must not be negative, which elsewhere means that a row has no label; take such rows out"),
-        ):
-            if wrong:
-                values = enumerate(column_values(source, column))
-                row = next(row for row, x in values if x == wrong[0] or (x != x and wrong[0] != wrong[0]))
-                raise ValueError(f"Row {row} of the {split} split, column {column!r}, {problem}. Got {wrong[0]!r}.")
-        names = [str(label) for label in sorted(labels)]
-    if len(names) < 2:
-        raise ValueError(
-            f"The labels of the {split} split, column {column!r}, must be of at least two classes. Got {names}."
+def load_config(model_args: ModelArguments, gaml_args: GamlArguments, **fields) -> GamlBertConfig:
+    """The config of the model to be, and what is wrong with it in one sentence."""
+    try:
+        return GamlBertConfig.from_pretrained(
+            model_args.model_name_or_path, **model_args.source(), **(gaml_args.config_fields() | fields)
         )
-    return names
-
-
-def check_texts(rows: DatasetDict, columns: list[str], allow_blank: bool) -> None:
-    """Find a missing, blank or broken text before the first step, not in the middle of an epoch."""
-    for split, part in rows.items():
-        for column in columns:
-            blank = []
-            for row, text in enumerate(column_values(part, column)):
-                if not isinstance(text, str):
-                    raise ValueError(
-                        f"Row {row} of the {split} split, column {column!r}, must be text, in valid Unicode. "
-                        f"Got {text!r} ({type(text).__name__})."
-                    )
-                if not text.strip():
-                    blank.append(row)
-            if not blank:
-                continue
-            found = f"{len(blank)} rows of the {split} split, column {column!r}, are blank: {str(blank[:10])[1:-1]}"
-            if not allow_blank:
-                raise ValueError(
-                    f"Row {blank[0]} of the {split} split, column {column!r}, must hold more than blanks. Got "
-                    f"{part[blank[0]][column]!r}. In all, {found}. Take them out, or use them with "
-                    "`--allow_blank_texts`."
-                )
-            logger.warning("%s.", found)
-
-
-def encode_labels(part: datasets.Dataset, split: str, label2id: dict[str, int], column: str) -> list[int]:
-    """Class indices of one split."""
-    if column not in part.column_names:
-        raise ValueError(f"The {split} split has no column {column!r} (`label_column`); it has {part.column_names}.")
-    labels = list(column_values(part, column))
-    if isinstance(part.features[column], datasets.ClassLabel):
-        names = part.features[column].names
-        labels = [names[label] if label is not None and label >= 0 else label for label in labels]
-    for row, label in enumerate(labels):
-        if str(label) not in label2id:
-            raise ValueError(
-                f"Row {row} of the {split} split, column {column!r}, must be one of {list(label2id)}. Got {label!r}."
-            )
-    return [label2id[str(label)] for label in labels]
+    except StrictDataclassError as error:
+        raise ValueError(str(error.__cause__ or error)) from error
 
 
 def balanced_class_weights(labels: list[int], label_names: list[str]) -> list[float]:
@@ -431,25 +354,28 @@ def balanced_class_weights(labels: list[int], label_names: list[str]) -> list[fl
 
 
 def load_model(
-    model_args: ModelArguments, gaml_args: GamlArguments, label_names: list[str]
+    model_args: ModelArguments, gaml_args: GamlArguments, label_names: list[str] | None, task: GlueTask | None
 ) -> tuple[GamlBertForSequenceClassification, PreTrainedTokenizerBase]:
-    """A model for these classes. One that was trained for them keeps its own order of the classes."""
-    source = {
-        "cache_dir": model_args.cache_dir,
-        "revision": model_args.model_revision,
-        "token": model_args.token,
-    }
-    name = model_args.model_name_or_path
-    labels = {"id2label": dict(enumerate(label_names)), "label2id": {label: i for i, label in enumerate(label_names)}}
-    found = GamlBertConfig.from_pretrained(name, **source)
+    """A model for these classes. One that was trained for them keeps its own names and their order."""
+    name, source = model_args.model_name_or_path, model_args.source()
+    found, labels = GamlBertConfig.from_pretrained(name, **source), {}
     if GamlBertForSequenceClassification.__name__ in (found.architectures or []):
-        if set(found.id2label.values()) != set(label_names):
+        own = [found.id2label[k] for k in range(found.num_labels)]
+        try:
+            fits = sorted(map(task.class_index, own)) == [*range(task.num_labels)] if task else None
+        except ValueError:
+            fits = False
+        if not (set(label_names or own) <= set(own) if fits is None else fits):  # a file need not hold every class
             raise ValueError(
-                f"The model `{name}` was trained for the classes {list(found.id2label.values())}. The data has "
-                f"{label_names}. For other classes, start from a BERT checkpoint."
+                f"The model `{name}` was trained for the classes {own}. The data has {label_names}. For other "
+                "classes, start from a BERT checkpoint."
             )
-        labels = {}
-    config = GamlBertConfig.from_pretrained(name, **source, **labels, **gaml_args.config_fields())
+    elif label_names is None:
+        raise ValueError(f"The model `{name}` has no classes yet: give rows with labels. Got rows to predict alone.")
+    else:
+        labels["id2label"] = dict(enumerate(label_names))
+        labels["label2id"] = {label: i for i, label in enumerate(label_names)}
+    config = load_config(model_args, gaml_args, **labels)
     tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer_name or name, trust_remote_code=False, **source)
     return GamlBertForSequenceClassification.from_pretrained(name, config=config, **source), tokenizer
 
@@ -490,45 +416,66 @@ def main(argv: list[str] | None = None) -> dict:
         )
 
     # Data
-    rows = load_rows(data_args, model_args)
-    task = None if data_args.task_name is None else get_task(data_args.task_name)
-    needed = {"train"} if training_args.do_train else set()
-    eval_splits = list(task.validation_splits) if task else ["validation"]
-    test_splits = list(task.test_splits) if task else ["test"]
-    needed |= set(eval_splits) if training_args.do_eval else set()
-    needed |= set(test_splits) if training_args.do_predict else set()
-    if not needed <= set(rows):
-        raise ValueError(f"The data must have the splits {sorted(needed)}. Got {sorted(rows)}.")
-    rows = DatasetDict(
-        {split: rows[split] for split in [*(["train"] if "train" in rows else []), *sorted(needed - {"train"})]}
-    )
-    columns = find_columns(rows, data_args)
-    check_texts(rows, columns, data_args.allow_blank_texts)
-    label_names = find_label_names(rows, data_args)
-    if task and len(label_names) != task.num_labels:
-        raise ValueError(f"The task {task.name} has {task.num_labels} labels. The data has {label_names}.")
-
-    # Model
     if gaml_args.exit_strategy is None and training_args.do_train:
         gaml_args.exit_strategy = "patience"  # the paper's (Sec. 6.5)
-    model, tokenizer = load_model(model_args, gaml_args, label_names)
+    load_config(model_args, gaml_args)  # before any row is read
+    sources = open_splits(data_args, model_args)
+    task = None if data_args.task_name is None else get_task(data_args.task_name)
+    eval_splits = list(task.validation_splits) if task else ["validation"]
+    test_splits = list(task.test_splits) if task else ["test"]
+    needed = {"train"} if training_args.do_train else set()
+    needed |= set(eval_splits) if training_args.do_eval else set()
+    needed |= set(test_splits) if training_args.do_predict else set()
+    if not needed <= set(sources):
+        raise ValueError(f"The data must have the splits {sorted(needed)}. Got {sorted(sources)}.")
+    splits = [*(["train"] if "train" in sources else []), *sorted(needed - {"train"})]
+    columns = data_args.text_columns or (list(task.text_columns) if task else None)
+    if columns is None:
+        columns = find_text_columns(sources[splits[0]], data_args.label_column)
+    rows, names = DatasetDict(), {}
+    for split in splits:
+        rows[split], names[split] = read_split(
+            sources[split],
+            split,
+            columns,
+            None if split in test_splits else data_args.label_column,  # whose labels, if any, are not read
+            allow_blank_texts=data_args.allow_blank_texts,
+            cache_dir=model_args.cache_dir,
+        )
+
+    # Model
+    label_names = list(task.label_names) if task else None
+    for split in splits:
+        if label_names is None and names[split] is not None:
+            label_names = known_classes(sources[split], data_args.label_column) or class_names(names[split])
+            if len(label_names) < 2:
+                raise ValueError(
+                    f"The labels of the {split} split, column {data_args.label_column!r}, must be of at least two "
+                    f"classes. Got {label_names}."
+                )
+    model, tokenizer = load_model(model_args, gaml_args, label_names, task)
     config = model.config
+    classes = find_classes(config, task)
     label_names = [config.id2label[k] for k in range(config.num_labels)]
-    submission_labels: list[str] = []
-    if task and training_args.do_predict:  # now, not after the training: there may be a class that GLUE does not know
-        submission_labels = [task.submission_label(name) for name in label_names]
+    positive = task.label_names[1] if task and "f1" in task.metrics else data_args.positive_label
+    if positive is not None and (positive not in classes or len(label_names) != 2):
+        raise ValueError(f"`positive_label` must be one of two classes. Got {positive!r}, and {label_names}.")
 
     # Tokens and labels
     labels = {
-        split: encode_labels(part, split, config.label2id, data_args.label_column)
-        for split, part in rows.items()
-        if split not in test_splits  # whose labels, if any, are not read
+        split: encode_labels(names[split], split, data_args.label_column, classes)
+        for split in splits
+        if names[split] is not None
     }
+    logger.info("Text is read from %s.", " and ".join(f"column {column!r}" for column in columns))
+    for split in labels:
+        counts = ", ".join(f"{name} {count}" for name, count in class_counts(labels[split], label_names).items())
+        logger.info("%s: %d rows; classes: %s", split, len(rows[split]), counts)
     max_length = min(data_args.max_seq_length, tokenizer.model_max_length, config.max_position_embeddings)
 
     def tokenize(batch: dict) -> dict:
         return tokenizer(
-            *(batch[column] for column in columns),
+            *([text or "" for text in batch[column]] for column in columns),
             padding="max_length" if data_args.pad_to_max_length else False,
             max_length=max_length,
             truncation=True,
@@ -574,7 +521,8 @@ def main(argv: list[str] | None = None) -> dict:
             config.class_weights = balanced_class_weights(train_rows["labels"][:], label_names)
         if config.class_weights is not None:
             logger.info("Weights of the classes: %s.", dict(zip(label_names, config.class_weights, strict=True)))
-    score, main_metric = selection_scorer(GlueMetric(data_args.task_name, num_labels=len(label_names)))
+    metric = GlueMetric(data_args.task_name, len(label_names), positive_class=classes.get(positive))
+    score, main_metric = selection_scorer(metric)
     if training_args.warmup_epochs is not None and train_rows is not None:
         batch = training_args.per_device_train_batch_size * max(training_args.n_gpu, 1) * training_args.world_size
         steps = math.ceil(math.ceil(len(train_rows) / batch) / training_args.gradient_accumulation_steps)
@@ -612,6 +560,9 @@ def main(argv: list[str] | None = None) -> dict:
             "train": 0 if train_rows is None else len(train_rows),
             "holdout": 0 if holdout_rows is None else len(holdout_rows),
         },
+        "columns": {"text": columns, "label": data_args.label_column},
+        "classes": {split: class_counts(labels[split], label_names) for split in labels},
+        "positive_label": positive,
     }
     if training_args.do_train:
         if training_args.overwrite_output_dir and not resume and trainer.is_world_process_zero():
@@ -653,7 +604,7 @@ def main(argv: list[str] | None = None) -> dict:
             flat = {f"exit_{m}": values[main_metric] for m, values in evaluation["exits"].items()}
             flat |= {"exit_mean": evaluation["exit_mean"], **evaluation["policy"], "samples": len(part)}
             results |= {f"{prefix}_{key}": value for key, value in flat.items()}
-            tables.append(score_table(split, evaluation, chosen))
+            tables.append(score_table(split, evaluation, run))
             if trainer.is_world_process_zero() and prefix == "eval":
                 depth = {m: values[main_metric] for m, values in evaluation["exits"].items()}
                 curves = {
@@ -672,7 +623,7 @@ def main(argv: list[str] | None = None) -> dict:
             if trainer.is_world_process_zero():
                 write_predictions(output_dir / f"predictions_{split}.tsv", logits, exit_layer, label_names)
                 if task:
-                    answers = [submission_labels[k] for k in logits.argmax(-1)]
+                    answers = [task.submission_labels[task.class_index(label_names[k])] for k in logits.argmax(-1)]
                     write_submission(output_dir / task.submission_files[i], answers, task.submission_rows[i])
 
     # What is left behind
@@ -724,6 +675,7 @@ def evaluate(
         policy |= {f"latency_{key}": value for key, value in latency.items()}
     return {
         "rows": len(part),
+        "classes": class_counts(labels, [config.id2label[k] for k in range(config.num_labels)]),
         "exits": scores,
         "exit_mean": exit_mean(scores, main_metric),
         "one_class_exits": one_class_exits(exit_logits, config.exit_layers),
@@ -744,13 +696,20 @@ def predict_exits(trainer: GamlTrainer, part: datasets.Dataset) -> tuple[np.ndar
     return output.predictions[2], output.label_ids
 
 
-def score_table(split: str, evaluation: dict, chosen: OperatingPoint | None) -> str:
+def class_counts(labels: Sequence[int], label_names: list[str]) -> dict[str, int]:
+    """How many rows each class has."""
+    return dict(zip(label_names, np.bincount(labels, minlength=len(label_names)).tolist(), strict=True))
+
+
+def score_table(split: str, evaluation: dict, run: dict) -> str:
     """What a person reads at the end."""
+    f1_of = "" if run["positive_label"] is None else f"; f1 is that of class {run['positive_label']}"
     names = list(next(iter(evaluation["exits"].values())))
     width = max(12, *(len(name) + 2 for name in names))
     lines = [
         "",
-        f"{split}: {evaluation['rows']} rows",
+        f"{split}: {evaluation['rows']} rows; text: {' + '.join(run['columns']['text'])}; "
+        f"{run['columns']['label']}: {', '.join(f'{name} {n}' for name, n in evaluation['classes'].items())}{f1_of}",
         "exit".ljust(22) + "".join(name.rjust(width) for name in names),
     ]
     for m, scores in evaluation["exits"].items():
@@ -760,7 +719,7 @@ def score_table(split: str, evaluation: dict, chosen: OperatingPoint | None) -> 
     policy = evaluation["policy"]
     name = policy["exit_strategy"] + ("" if policy["parameter"] is None else f" {policy['parameter']:.4g}")
     lines.append(name.ljust(22) + "".join(f"{policy[key]:.4f}".rjust(width) for key in names))
-    lines.append(policy_line("speed-up", policy) + (" (policy chosen on rows set aside)" if chosen else ""))
+    lines.append(policy_line("speed-up", policy) + (" (policy chosen on rows set aside)" if "chosen" in run else ""))
     return "\n".join(lines)
 
 
@@ -829,7 +788,11 @@ def card_values(run: dict, data_args: DataTrainingArguments, model_args: ModelAr
             "chosen": OperatingPoint(
                 policy["exit_strategy"], policy["parameter"], policy[main_metric], policy["speed_up"]
             ),
-            "chosen_scores": {key: policy[key] for key in evaluation["most_frequent_class"] if key != main_metric},
+            "chosen_scores": {
+                f"f1 of class {run['positive_label']}" if key == "f1" else key: policy[key]
+                for key in evaluation["most_frequent_class"]
+                if key != main_metric
+            },
             "chosen_on": "training rows set aside" if "chosen" in run else None,
             "flops_speed_up": policy["flops_speed_up"],
             "latency_speed_up": policy.get("latency_speed_up"),
@@ -837,5 +800,16 @@ def card_values(run: dict, data_args: DataTrainingArguments, model_args: ModelAr
     return card
 
 
+def command() -> str | None:
+    """[`main`], with what is wrong with its arguments or its rows in a sentence, where this code has one for it."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if frame.f_globals["__name__"].partition(".")[0] not in ("__main__", "gaml_hf"):
+            raise
+        return f"{Path(sys.argv[0]).name}: error: {error}"
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(command())

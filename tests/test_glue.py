@@ -59,10 +59,10 @@ def test_a_task_fits_together(task):
     inference = task.name in ("mnli", "qnli", "rte")
     assert task.submission_labels == (task.label_names if inference else ("0", "1"))
     for k, name in enumerate(task.label_names):
-        assert task.submission_label(name) == task.submission_label(str(k)) == task.submission_labels[k]
+        assert task.class_index(name) == task.class_index(str(k)) == task.class_index(f"LABEL_{k}") == k
     message = f"The classes of {task.name} must be called {', '.join(task.label_names)}, or by their numbers from 0"
     with pytest.raises(ValueError, match=rf"^{re.escape(message)}.*Got 'maybe'"):
-        task.submission_label("maybe")
+        task.class_index("maybe")
     assert set(GlueMetric(task.name).compute(predictions=[0, 1], references=[0, 1])) == set(task.metrics)
 
 

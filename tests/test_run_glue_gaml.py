@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ import run_glue_gaml
 from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification
 from gaml_hf.glue import GLUE_TASKS
 from gaml_hf.hub import check_checkpoint, save_checkpoint
+from gaml_hf.scoring import ClassifierLoader, score_file
 
 
 GOOD, BAD = ["good", "great", "fine", "best", "funny"], ["bad", "awful", "dull", "sad", "worst"]
@@ -255,8 +257,8 @@ def test_a_run_started_anew_forgets_the_checkpoints_of_the_old_one(common, files
 @mark.parametrize("suffix", ["json", "parquet"])
 def test_other_formats_pairs_and_many_classes(common, tmp_path, suffix):
     rows = pd.DataFrame(
-        {"premise": ["the film is good ."] * 30, "hypothesis": ["it is bad .", "we are in it .", "good !"] * 10}
-    ).assign(label=[2, 5, 9] * 10)
+        {"premise": ["the film is good .", "it is"] * 18, "hypothesis": ["it is bad .", "in it", "good !", "no"] * 9}
+    ).assign(label=[2, 5, 10] * 12)
     path = tmp_path / f"rows.{suffix}"
     if suffix == "parquet":
         rows.to_parquet(path)
@@ -264,7 +266,7 @@ def test_other_formats_pairs_and_many_classes(common, tmp_path, suffix):
         rows.to_json(path, orient="records", lines=True)
     words = [*common, "--train_file", str(path), "--validation_file", str(path), "--do_train", "--do_eval"]
     run = run_glue_gaml.main([*words, "--num_train_epochs", "1", "--exit_strategy", "entropy"])
-    assert run["config"]["id2label"] == {0: "2", 1: "5", 2: "9"}
+    assert run["config"]["id2label"] == {0: "2", 1: "5", 2: "10"}
     assert run["config"]["exit_strategy"] == "entropy"
     assert run["data_arguments"]["text_columns"] is None  # both text columns were found
 
@@ -350,10 +352,10 @@ def test_classes_that_are_numbers_are_submitted(common, files, tmp_path):
     assert {line.split("\t")[1] for line in submitted[1:]} <= {"0", "1"}
 
 
-def test_a_class_that_the_server_does_not_know(common, files, tmp_path):
-    rows = [{"sentence": "good", "label": "yes"}, {"sentence": "bad", "label": "no"}]
+def test_a_class_that_is_not_of_the_task(common, files, tmp_path):
+    rows = [{"sentence": "good", "label": "positive"}, {"sentence": "bad", "label": "no"}]
     words = [*common, "--task_name", "sst2", "--train_file", write_csv(tmp_path / "sst2.csv", rows)]
-    with raises(ValueError, match=r"classes of sst2 must be called negative, positive, or by .* Got 'no'"):
+    with raises(ValueError, match=r"Row 1 of the train split, .* must be one of \['negative', 'positive', '0', '1'\]"):
         run_glue_gaml.main([*words, "--test_file", files["test"], "--do_train", "--do_predict"])
     assert not list((tmp_path / "out").glob("checkpoint-*"))  # before it was trained
 
@@ -362,11 +364,11 @@ BROKEN_ROWS = [
     ([{"sentence": "good", "label": "a"}, {"sentence": "", "label": "b"}], "Row 1 of the train split, column 'sent"),
     (
         [{"sentence": "good", "label": "a"}, {"sentence": " ", "label": "b"}, {"sentence": "\u3000", "label": "b"}],
-        r"Row 1 of the train split, column 'sentence', must hold more than blanks.* In all, 2 rows.*blank: 1, 2",
+        r"Row 1 of the train split, column 'sentence', must hold more than blanks.* In all, 2 such rows: 1, 2\. Take",
     ),
     (
         [{"sentence": "good", "label": 0.5}, {"sentence": "bad", "label": 1.0}],
-        r"Row 0 of the train split, column 'label', must be a name or a whole number .*regression.* Got 0\.5",
+        r"Row 0 of the train split, column 'label', must be a name or a whole number .*regression.* Got '0\.5'",
     ),
     (
         [{"sentence": "good", "label": "a"}, {"sentence": "bad", "label": ""}],
@@ -374,17 +376,20 @@ BROKEN_ROWS = [
     ),
     (
         [{"sentence": "good", "label": 1}, {"sentence": "bad", "label": None}, {"sentence": "bad", "label": 0}],
-        "Row 1 of the train split, column 'label', has no label",  # such a column is read as 1.0, NaN, 0.0
+        "Row 1 of the train split, column 'label', has no label",
     ),
     (
         [{"sentence": "good", "label": 1}, {"sentence": "bad", "label": -100}],
-        r"Row 1 of the train split, column 'label', must not be negative.* take such rows out\. Got -100",
+        r"Row 1 of the train split, column 'label', must not be negative.* take such rows out\. Got '-100'",
     ),
     (
         [{"sentence": "good", "label": -100}, {"sentence": "bad", "label": -100}],
         "Row 0 of the train split, column 'label', must not be negative",
     ),
-    ([{"sentence": "good", "label": None}] * 2, "Row 0 of the train split, column 'label', has no label. Got None"),
+    (
+        [{"sentence": "good", "label": None}] * 2,
+        "Row 0 of the train split, column 'label', has no label. Got ''. In all, 2 such rows: 0, 1.",
+    ),
     ([{"sentence": "good", "label": "a"}, {"sentence": "bad", "label": "a"}], "at least two classes"),
     ([{"sentence": "good", "grade": 1}], "`label_column` must be one of"),
     ([{"one": "x", "two": "y", "three": "z", "label": "a"}], "`text_columns` must name one or two columns"),
@@ -410,7 +415,7 @@ def test_a_lone_surrogate_is_found(common, tmp_path):
     path = tmp_path / "rows.json"
     rows = [{"sentence": "good", "label": 0}, {"sentence": "bad \ud800", "label": 1}]
     path.write_text("\n".join(json.dumps(row) for row in rows))
-    with raises(ValueError, match="`train_file` could not be read, .*surrogate.* in row 1"):
+    with raises(ValueError, match="Row 1 of the train split, column 'sentence', must be text, in valid Unicode"):
         run_glue_gaml.main([*common, "--train_file", str(path), "--do_train"])
 
 
@@ -424,17 +429,35 @@ def test_a_parquet_file_that_is_not_utf_8(common, tmp_path):
 def test_labels_that_are_lists(common, tmp_path):
     path = tmp_path / "rows.json"
     path.write_text('{"sentence": "good", "label": [0, 1]}\n{"sentence": "bad", "label": [1]}')
-    with raises(ValueError, match=r"Row 0 of the train split, column 'label', must be a name .* Got \[0, 1\]"):
+    with raises(
+        ValueError, match=r"Row 0 of the train split, column 'label', must be one class .*multi-label.* Got \[0, 1\]"
+    ):
         run_glue_gaml.main([*common, "--train_file", str(path), "--do_train"])
 
 
-def test_blank_texts_are_used_where_wanted(common, tmp_path, caplog):
-    rows = pd.DataFrame({"one": ["good"] * 4, "two": ["bad", "", "bad", "  "], "label": [0, 1, 0, 1]})
-    rows.to_parquet(tmp_path / "rows.parquet")
-    words = [*common, "--validation_file", str(tmp_path / "rows.parquet"), "--do_eval", "--exit_strategy", "none"]
+@mark.parametrize("suffix", ["csv", "parquet"])
+def test_blank_texts_are_used_where_wanted(common, tmp_path, caplog, suffix):
+    rows = pd.DataFrame({"one": ["good"] * 4, "two": ["bad", "", None, "  "], "label": [0, 1, 0, 1]})
+    path = str(tmp_path / f"rows.{suffix}")
+    rows.to_csv(path, index=False) if suffix == "csv" else rows.to_parquet(path)
+    words = [
+        *common,
+        "--validation_file",
+        path,
+        "--do_eval",
+        "--exit_strategy",
+        "none",
+        "--text_columns",
+        "one",
+        "two",
+    ]
+    with raises(
+        ValueError, match="Row 1 of .* column 'two', must hold more .* In all, 3 such rows: 1, 2, 3. Take them"
+    ):
+        run_glue_gaml.main(words)
     run = run_glue_gaml.main([*words, "--allow_blank_texts"])
     assert run["evaluation"]["validation"]["rows"] == 4
-    assert "2 rows of the validation split, column 'two', are blank: 1, 3." in caplog.text
+    assert "3 rows of the validation split, column 'two', are blank: 1, 2, 3." in caplog.text
 
 
 def test_a_training_that_diverges_keeps_what_was_good(common, files, tmp_path):
@@ -455,6 +478,11 @@ def test_a_training_that_diverges_keeps_what_was_good(common, files, tmp_path):
         ("", "Give `task_name`, `dataset_name`"),
         ("--train_file nowhere.csv", "`train_file` must be a file"),
         ("--train_file rows.txt", "`train_file` must end in"),
+        ("--task_name mrpc --positive_label equivalent", "`positive_label` is for data of your own"),
+        ("--task_name sst2 --text_columns a b c", "`text_columns` must name one or two columns"),
+        ("--task_name sst2 --ga_mode foo", r"^Field 'ga_mode' expected one of \('none', 'soft', 'hard'\), got foo$"),
+        ("--task_name sst2 --exit_layers 9", r"^`exit_layers` must be rising layer numbers between 1 and 4 "),
+        ("--task_name sst2 --alpha 2", r"^`alpha` must lie in \[0, 1\]. Got `alpha=2.0`.$"),
         ("--task_name sst2 --max_train_samples 0", "`max_train_samples` must be at least 1"),
         ("--task_name sst2 --target_speed_up 2 1", "`target_speed_up` must be a range"),
         ("--task_name sst2 --class_weights equal", "`class_weights` must be `balanced` or one number .* Got equal"),
@@ -464,6 +492,21 @@ def test_a_training_that_diverges_keeps_what_was_good(common, files, tmp_path):
 def test_wrong_arguments(common, words, sentence):
     with raises(ValueError, match=sentence):
         run_glue_gaml.main([*common, *words.split()])
+
+
+def test_what_is_wrong_is_told_in_a_sentence(common, files, monkeypatch):
+    """Where the sentence is ours; of anything else the traceback is shown."""
+    words = [*common, *with_files(files, "train"), "--do_train"]
+    monkeypatch.setattr(sys, "argv", ["run_glue_gaml.py", *words, "--alpha", "2"])
+    with monkeypatch.context() as patch:
+        patch.setitem(vars(run_glue_gaml), "__name__", "__main__")  # what it is on the command line
+        assert run_glue_gaml.command() == "run_glue_gaml.py: error: `alpha` must lie in [0, 1]. Got `alpha=2.0`."
+    monkeypatch.setattr(sys, "argv", ["run_glue_gaml.py", *words, "--label_column", "none"])
+    assert run_glue_gaml.command().startswith("run_glue_gaml.py: error: `label_column` must be one of ['sentence', ")
+    monkeypatch.setattr(run_glue_gaml, "load_model", lambda *_: int("no sentence of ours"))
+    monkeypatch.setattr(sys, "argv", ["run_glue_gaml.py", *words])
+    with raises(ValueError, match="invalid literal"):
+        run_glue_gaml.command()
 
 
 def test_a_policy_cannot_be_chosen_without_rows(common, files):
@@ -517,6 +560,181 @@ def test_the_command_shown_in_public():
         "python run_glue_gaml.py recipe.json --token=... --hub_token ... --train_file=train.csv --output_dir out "
         "--alpha 0.3"
     )
+
+
+# Classes
+
+PAIRS = [("the film is good .", "it is fine"), ("a sad plot", "no plot"), ("an awful film", "it is dull"), ("x", "y")]
+
+
+def constant_model(backbone, folder, tokenizer, answer: str, names: list[str]) -> str:
+    """A checkpoint that answers one class to everything."""
+    id2label = dict(enumerate(names))
+    label2id = {name: k for k, name in id2label.items()}
+    model = GamlBertForSequenceClassification(
+        GamlBertConfig.from_pretrained(backbone, id2label=id2label, label2id=label2id)
+    )
+    with torch.no_grad():
+        for exit_ in model.exit_classifiers.values():
+            exit_.weight.zero_()
+            exit_.bias.copy_(torch.tensor([float(name == answer) for name in names]))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@mark.parametrize("written", [["not_equivalent", "equivalent"], ["0", "1"]], ids=str)
+@mark.parametrize(
+    ("names", "answer"),
+    [
+        (["not_equivalent", "equivalent"], "equivalent"),
+        (["equivalent", "not_equivalent"], "equivalent"),  # a model keeps its own order
+        (["0", "1"], "1"),
+        (["LABEL_0", "LABEL_1"], "LABEL_1"),
+        (["not_equivalent", "equivalent"], "not_equivalent"),
+    ],
+    ids=str,
+)
+def test_the_classes_of_a_task_are_those_of_glue(
+    common, backbone, tokenizer, tmp_path, names, answer, written, capsys
+):
+    """F1 counts "equivalent", whatever it is called in the file and wherever it stands in the model."""
+    rows = [{"sentence1": a, "sentence2": b, "label": written[i < 3]} for i, (a, b) in enumerate(PAIRS)]
+    model = constant_model(backbone, tmp_path / "model", tokenizer, answer, names)
+    words = [*common, "--model_name_or_path", model, "--validation_file", write_csv(tmp_path / "dev.csv", rows)]
+    run = run_glue_gaml.main([*words, "--task_name", "mrpc", "--do_eval", "--exit_strategy", "none"])
+    policy = run["evaluation"]["validation"]["policy"]
+    # 3 of 4 are equivalent. Always that: precision 3/4, recall 1, F1 6/7. Never that: F1 0.
+    says_equivalent = answer != "not_equivalent"
+    assert (policy["accuracy"], policy["f1"]) == approx((0.75, 6 / 7) if says_equivalent else (0.25, 0))
+    assert run["config"]["id2label"] == dict(enumerate(names))
+    assert sorted(run["classes"]["validation"].values()) == [1, 3]
+    assert "; f1 is that of class equivalent" in capsys.readouterr().out
+
+
+@mark.parametrize("written", [["not_equivalent", "equivalent"], ["0", "1"]], ids=str)
+def test_a_model_that_starts_with_a_task_has_its_classes(common, tmp_path, written):
+    rows = [{"sentence1": a, "sentence2": b, "label": written[i % 2]} for i, (a, b) in enumerate(PAIRS * 4)]
+    words = [*common, "--task_name", "mrpc", "--train_file", write_csv(tmp_path / "train.csv", rows), "--do_train"]
+    run = run_glue_gaml.main([*words, "--max_steps", "1", "--patience", "2"])
+    assert run["config"]["id2label"] == {0: "not_equivalent", 1: "equivalent"}
+    assert run["classes"] == {"train": {"not_equivalent": 8, "equivalent": 8}}
+
+
+@mark.parametrize("positive", [None, "spam", "ham"])
+def test_the_positive_class_of_own_data(common, backbone, tokenizer, tmp_path, positive, capsys):
+    rows = [{"sentence": a, "label": "spam" if i < 3 else "ham"} for i, (a, _) in enumerate(PAIRS)]
+    model = constant_model(backbone, tmp_path / "model", tokenizer, "spam", ["ham", "spam"])
+    path = write_csv(tmp_path / "dev.csv", rows)
+    words = [*common, "--model_name_or_path", model, "--validation_file", path, "--do_eval", "--exit_strategy", "none"]
+    words += [] if positive is None else ["--positive_label", positive]
+    run = run_glue_gaml.main([*words, "--calibrate_exits", "False"])
+    policy = run["evaluation"]["validation"]["policy"]
+    if positive is None:
+        assert policy["macro_f1"] == approx((6 / 7 + 0) / 2)
+    else:
+        assert policy["f1"] == approx({"spam": 6 / 7, "ham": 0}[positive])
+        assert run["positive_label"] == positive
+        assert f"; f1 is that of class {positive}" in capsys.readouterr().out
+        data_args = run_glue_gaml.DataTrainingArguments(validation_file=path)
+        card = run_glue_gaml.card_values(run, data_args, run_glue_gaml.ModelArguments(model), "combined_score")
+        assert card["chosen_scores"] == {"accuracy": 0.75, f"f1 of class {positive}": approx(policy["f1"])}
+
+
+def test_a_positive_class_that_is_none(common, files, tmp_path):
+    words = [*common, *with_files(files, "train"), "--do_train", "--positive_label"]
+    with raises(ValueError, match=r"`positive_label` must be one of two classes. Got 'good', and \['negative', 'pos"):
+        run_glue_gaml.main([*words, "good"])
+    rows = [{"sentence": "good", "label": label} for label in "abc"]
+    with raises(ValueError, match=r"`positive_label` must be one of two classes. Got 'a', and \['a', 'b', 'c'\]"):
+        run_glue_gaml.main([*words, "a", "--train_file", write_csv(tmp_path / "three.csv", rows)])
+
+
+def test_rows_need_not_hold_every_class_of_a_model(common, backbone, tokenizer, tmp_path):
+    model = constant_model(backbone, tmp_path / "model", tokenizer, "b", ["a", "b", "c"])
+    path = write_csv(tmp_path / "dev.csv", [{"sentence": "good", "label": label} for label in "abab"])
+    words = [*common, "--model_name_or_path", model, "--validation_file", path, "--do_eval", "--exit_strategy", "none"]
+    run = run_glue_gaml.main([*words, "--test_file", path, "--do_predict"])
+    assert run["evaluation"]["validation"]["classes"] == {"a": 2, "b": 2, "c": 0}
+    assert run["evaluation"]["validation"]["policy"]["accuracy"] == 0.5
+    # And none at all where there is nothing to score.
+    alone = [*common, "--test_file", path, "--do_predict", "--exit_strategy", "none"]
+    run_glue_gaml.main([*alone, "--model_name_or_path", model])
+    with raises(ValueError, match="has no classes yet: give rows with labels"):
+        run_glue_gaml.main([*alone, "--model_name_or_path", backbone])
+
+
+# Columns and files
+
+
+def test_columns_and_classes_are_told(common, tmp_path, caplog, capsys):
+    """`label_text` beside the text would make a pair, and every score 1."""
+    rows = [row | {"label_text": row["label"], "ticket": f"T-{i:04}"} for i, row in enumerate(sentences(40, seed=1))]
+    rows[3]["label"] = "Positive "
+    path = write_csv(tmp_path / "rows.csv", rows)
+    words = [*common, "--train_file", path, "--validation_file", path, "--do_train", "--do_eval", "--max_steps", "1"]
+    run = run_glue_gaml.main([*words, "--patience", "2"])
+    assert run["columns"] == {"text": ["sentence"], "label": "label"}
+    counts = {name: sum(row["label"] == name for row in rows) for name in ("Positive ", "negative", "positive")}
+    assert run["classes"] == {"train": counts, "validation": counts}
+    told = ", ".join(f"{name} {count}" for name, count in counts.items())
+    assert f"train: 40 rows; classes: {told}" in caplog.text
+    assert "Text is read from column 'sentence'." in caplog.text
+    assert "The classes ['Positive ', 'positive'] differ by case or blanks alone" in caplog.text
+    assert f"validation: 40 rows; text: sentence; label: {told}" in capsys.readouterr().out
+
+
+@mark.parametrize("name", ["rows[1].csv", "star*.csv", "x::y.csv", "s3://rows.csv"])
+def test_the_file_that_is_named_is_read(common, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    for other in ("rows1.csv", "star1.csv", "y.csv"):  # what a pattern would find
+        write_csv(Path(other), sentences(30, seed=1))
+    Path(name).parent.mkdir(exist_ok=True)
+    for count in (20, 12):  # the second time it is another file of the same name
+        write_csv(Path(name), sentences(count, seed=2))
+        words = [*common, "--overwrite_output_dir", "--train_file", name, "--validation_file", name, "--do_train"]
+        run = run_glue_gaml.main([*words, "--do_eval", "--max_steps", "1", "--patience", "2"])
+        assert sum(run["rows"].values()) == count
+        assert run["evaluation"]["validation"]["rows"] == count
+
+
+def test_files_of_several_kinds(common, tmp_path):
+    rows = sentences(24, seed=1)
+    write_csv(tmp_path / "train.csv", rows)
+    (tmp_path / "train.csv").write_text((tmp_path / "train.csv").read_text().replace(",", ";"))
+    (tmp_path / "dev.json").write_text(json.dumps(rows))
+    (tmp_path / "test.tsv").write_text("sentence\n" + "".join(row["sentence"] + "\n" for row in rows))
+    words = [*common, "--do_train", "--do_eval", "--do_predict", "--max_steps", "1", "--patience", "2"]
+    for split, suffix in (("train", "csv"), ("validation", "json"), ("test", "tsv")):
+        words += [f"--{split}_file", str(tmp_path / f"{split.replace('validation', 'dev')}.{suffix}")]
+    run = run_glue_gaml.main(words)
+    assert run["classes"]["train"] == run["classes"]["validation"]
+    assert len((tmp_path / "out" / "predictions_test.tsv").read_text().splitlines()) == 25
+
+
+def test_training_and_scoring_read_the_same_texts(common, backbone, tokenizer, tmp_path, monkeypatch):
+    """Among them those that other readers make numbers, truth values or nothing of."""
+    texts = ["NA", "null", "None", "007", "1e5", "true", "2012", "-", "nan", 'a "quoted", text', "two\nlines", "good"]
+    rows = [{"text": text, "label": ["01", "1"][i % 2], "other": i} for i, text in enumerate(texts)]
+    path = write_csv(tmp_path / "rows.csv", rows)
+    model = constant_model(backbone, tmp_path / "model", tokenizer, "1", ["01", "1"])
+    seen: dict[str, list] = {"script": [], "scoring": []}
+    tokenize = type(tokenizer)._encode_plus
+
+    def spy(self, text, *args, **kwargs):
+        seen[where].extend(text if isinstance(text, list) else [text])
+        return tokenize(self, text, *args, **kwargs)
+
+    monkeypatch.setattr(type(tokenizer), "_encode_plus", spy)
+    where = "script"
+    words = [*common, "--model_name_or_path", model, "--validation_file", path, "--do_eval", "--exit_strategy", "none"]
+    run = run_glue_gaml.main([*words, "--text_columns", "text", "--latency_rows", "0"])
+    assert run["evaluation"]["validation"]["classes"] == {"01": 6, "1": 6}
+    where = "scoring"
+    load = ClassifierLoader(model, False, "cpu", None)
+    assert score_file(path, tmp_path / "out.jsonl", load, progress=False) == {"rows": 12, "skipped": 0}
+    assert seen["script"] == texts
+    assert sorted(seen["scoring"]) == sorted(texts)
 
 
 # The recipes of the paper

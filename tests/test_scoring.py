@@ -8,7 +8,7 @@ import random
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from pytest import approx, fixture, mark, raises
 
 from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification
@@ -312,7 +312,7 @@ def test_the_command_line_runs_an_export(folder, classifier, tmp_path, capsys):
     ("more", "message"),
     [
         (["--output", "out.txt"], "`target` must end in .csv, .jsonl or .parquet"),
-        (["--input", "in.txt"], "`source` must end in .csv, .json, .jsonl, .parquet"),
+        (["--input", "in.txt"], "`source` must end in .csv, .tsv, .json, .jsonl, .parquet"),
         (["--input", "none.csv"], "which is not there"),
         (["--text_columns", "txt"], "`text_columns` must name columns out of ['id', 'text']. Got 'txt'."),
         (["--text_columns", "a", "b", "c"], "`text_columns` must be a list of one or two columns"),
@@ -344,9 +344,26 @@ def test_errors_of_the_command_line(folder, tmp_path, monkeypatch, capsys, more,
             "text\ncafé".encode("latin-1"),
             "could not be read, .*in.csv: 'utf-8' codec can't decode byte 0xe9",
         ),
-        ("in.csv", b"id,text\n1,good\n2,bad,more,x\n", "could not be read, .*Expected 2 fields in line 3, saw 4"),
-        ("in.csv", b'id,text\n1,"good\n2,bad\n', "could not be read, .*EOF inside string starting at row 1"),
+        (
+            "in.csv",
+            b"id,text\n1,good\n2,bad,more,x\n",
+            "could not be read, .*in.csv: line 3 has 4 cells, the first line 2",
+        ),
+        ("in.csv", b'id,text\n1,"good\n2,bad\n', "could not be read, .*unexpected end of data, .* in quotes"),
+        ("in.csv", b"id,text\n1\n", "could not be read, .*in.csv: line 2 has 1 cells, the first line 2"),
+        ("in.csv", b"text,text\n1,2\n", "could not be read, .*in.csv: the first line names the column 'text' twice"),
         ("in.jsonl", b'{"text": "good"}\n{"text": \n', "`source` could not be read"),
+        (
+            "in.jsonl",
+            b'{"text": "good"}\n["bad"]\n',
+            r"could not be read, .*line 2 must be an object .* Got \['bad'\]",
+        ),
+        (
+            "in.json",
+            b'[{"text": "good"}, "bad"]',
+            "could not be read, .*row 1 of its list must be an object .* Got 'bad'",
+        ),
+        ("in.json", b'{\n"text": {"0": "good"}}', "could not be read, .*line 1 is no JSON: .* an object in each line"),
         ("in.json", bytes(range(256)), "`source` could not be read"),
         ("in.csv", b"", "`source` must hold rows. Got .*in.csv`, which is empty"),
         ("in.jsonl", b"", "`source` must hold rows"),
@@ -377,7 +394,45 @@ def test_a_target_that_cannot_be_written_is_told_before_the_first_row(tmp_path):
             score_file(*arguments, load)
 
 
-def test_a_stream_is_not_for_several_processes(load, tmp_path):
-    stream = Dataset.from_dict({"text": TEXTS}).to_iterable_dataset()
-    with raises(ValueError, match="needs a file or a `datasets.Dataset`"):
-        score_file(stream, tmp_path / "out.csv", load, num_proc=2, progress=False)
+def test_a_stream_in_several_processes(load, tmp_path):
+    """No more of it is read ahead than two windows for each process."""
+    read = []
+
+    def rows():
+        for i in range(1000):
+            read.append(i)
+            yield {"text": " " if i == 0 else "good"}
+
+    stream = IterableDataset.from_generator(rows)
+    with raises(ValueError, match="^Row 0: `text` must hold more than blanks"):
+        score_file(stream, tmp_path / "out.csv", load, num_proc=2, window=3, on_error="raise", progress=False)
+    assert len(read) <= 3 * 2 * 2
+
+
+@mark.parametrize("num_proc", [1, 2])
+def test_cells_of_any_kind_in_any_row(load, classifier, tmp_path, num_proc):
+    """A bad row is that row's error in one process as in two, and other columns are nobody's business."""
+    rows = [{"text": "good", "other": 1} if i % 2 else {"text": "bad", "other": "x"} for i in range(9)]
+    rows[3], rows[4], rows[8] = {"text": 7}, {"other": []}, {"text": "bad \ud800"}
+    (tmp_path / "in.json").write_text(json.dumps(rows))
+    counts = score_file(
+        tmp_path / "in.json", tmp_path / "out.jsonl", load, num_proc=num_proc, window=2, progress=False
+    )
+    assert counts == {"rows": 9, "skipped": 3}
+    predictions = read(tmp_path / "out.jsonl")
+    assert predictions[3]["error"] == "`text` must be a `str`. Got 7 (int)."
+    assert "Got None" in predictions[4]["error"]
+    assert "Unicode" in predictions[8]["error"]
+    assert [predictions[i]["label"] for i in (0, 1)] == [classifier(text)[0]["label"] for text in ("bad", "good")]
+
+
+@mark.parametrize("num_proc", [1, 2])
+@mark.parametrize("name", ["rows[1].csv", "star*.csv", "x::y.csv", "solo[9].csv", "s3://rows.csv", "a b?.csv"])
+def test_the_file_that_is_named_is_scored(load, tmp_path, monkeypatch, name, num_proc):
+    monkeypatch.chdir(tmp_path)
+    for other in ("rows1.csv", "star1.csv", "star2.csv", "y.csv"):  # what a pattern would find
+        write(tmp_path / other, TEXTS[:5])
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    write(tmp_path / name, TEXTS[:2])
+    counts = score_file(name, "out.jsonl", load, num_proc=num_proc, progress=False)
+    assert counts == {"rows": 2, "skipped": 0}

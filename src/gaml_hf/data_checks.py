@@ -24,15 +24,19 @@ def column_values(dataset: datasets.Dataset, column: str) -> Iterator[Any]:
     A text that is not valid UTF-8, which a parquet file may hold, comes as `bytes`.
     """
     for table in dataset.select_columns(column).with_format("arrow").iter(ROWS_AT_ONCE):
-        values = table.column(0)
-        try:
-            yield from values.to_pylist()
-        except UnicodeDecodeError:
-            for value in values:
-                try:
-                    yield value.as_py()
-                except UnicodeDecodeError:
-                    yield value.as_buffer().to_pybytes()
+        yield from python_values(table.column(0))
+
+
+def python_values(values: pa.Array | pa.ChunkedArray) -> Iterator[Any]:
+    """The values as Python objects, a text that is not valid UTF-8 as `bytes`."""
+    try:
+        yield from values.to_pylist()
+    except UnicodeDecodeError:
+        for value in values:
+            try:
+                yield value.as_py()
+            except UnicodeDecodeError:
+                yield value.as_buffer().to_pybytes()
 
 
 def check_dataset(

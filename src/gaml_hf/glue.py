@@ -60,23 +60,27 @@ class GlueTask:
     def num_labels(self) -> int:
         return len(self.label_names)
 
-    def submission_label(self, class_name: str) -> str:
+    def class_index(self, class_name: str) -> int:
         """
-        What a submission file writes for a class.
+        The class of this task that goes by a name.
 
         Args:
-            class_name (`str`): a name of `label_names`, or the class index as text, which is what a class is called
-                where the data have numbers.
+            class_name (`str`): a name of `label_names`, or the class index as text (`"1"`), which is what a class is
+                called where the data have numbers, or `"LABEL_1"`, which is what a config calls it that has no names.
 
         Returns:
-            `str`.
+            `int`: its position in `label_names`.
+
+        Raises:
+            ValueError: no class goes by this name.
         """
-        for names in (self.label_names, [str(k) for k in range(self.num_labels)]):
+        numbers = [str(k) for k in range(self.num_labels)]
+        for names in (self.label_names, numbers, [f"LABEL_{number}" for number in numbers]):
             if class_name in names:
-                return self.submission_labels[names.index(class_name)]
+                return names.index(class_name)
         raise ValueError(
-            f"The classes of {self.name} must be called {', '.join(self.label_names)}, or by their numbers from 0, to "
-            f"be written for the GLUE server. Got {class_name!r}. Rename the class, or leave out `task_name`."
+            f"The classes of {self.name} must be called {', '.join(self.label_names)}, or by their numbers from 0, "
+            f"{', '.join(numbers)}. Got {class_name!r}. Rename the class, or leave out `task_name`."
         )
 
 
@@ -258,8 +262,8 @@ class GlueMetric(evaluate.Metric):
 
     CoLA: Matthews correlation; MRPC and QQP: accuracy and F1 of class 1; MNLI (matched and mismatched alike), QNLI,
     RTE and SST-2: accuracy. Our own data: accuracy and macro F1, the mean of the F1 of every class that occurs in the
-    references or in the predictions. A score whose definition divides zero by zero is 0, as in the stock metric, but
-    without its warning.
+    references or in the predictions; of two classes, one of which is named positive, accuracy and the F1 of that one.
+    A score whose definition divides zero by zero is 0, as in the stock metric, but without its warning.
 
     `compute(predictions=..., references=...)` keeps no state and writes no file, so one object may serve several
     threads and several processes may score at once. `add` and `add_batch` gather rows as in any `evaluate.Metric`.
@@ -268,6 +272,9 @@ class GlueMetric(evaluate.Metric):
         config_name (`str`, *optional*, defaults to `"classification"`): a key of `GLUE_TASKS`, or `"classification"`
             for our own data.
         num_labels (`int`, *optional*): number of classes, to catch labels that do not exist. Known for a GLUE task.
+        positive_class (`int`, *optional*): the class of which F1 is the score, of two. Defaults to 1 for MRPC and QQP,
+            the one that GLUE counts; another one is for a model whose classes are in another order. For our own data
+            it makes accuracy and F1 the scores.
         keep_in_memory (`bool`, *optional*, defaults to `True`): whether rows that are added wait in memory rather than
             in a locked file of the cache.
         kwargs (*optional*): further arguments of `evaluate.Metric`.
@@ -289,19 +296,26 @@ class GlueMetric(evaluate.Metric):
         self,
         config_name: str | None = None,
         num_labels: int | None = None,
+        positive_class: int | None = None,
         keep_in_memory: bool = True,
         **kwargs,
     ):
         config_name = "classification" if config_name is None else config_name.lower()
         if config_name == "classification":
-            self.metric_names = ("accuracy", "macro_f1")
+            self.metric_names = ("accuracy", "macro_f1" if positive_class is None else "f1")
         else:
             task = get_task(config_name)
             if num_labels not in (None, task.num_labels):
                 raise ValueError(f"`num_labels` must be {task.num_labels} for {task.name}. Got {num_labels}.")
             self.metric_names = task.metrics
             num_labels = task.num_labels
+        if positive_class is not None and (positive_class not in (0, 1) or num_labels not in (None, 2)):
+            raise ValueError(
+                "`positive_class` must be 0 or 1, and there must be two classes. "
+                f"Got `positive_class={positive_class!r}`, `num_labels={num_labels}`."
+            )
         self.num_labels = num_labels
+        self.positive_class = 1 if positive_class is None else positive_class
         super().__init__(config_name=config_name, keep_in_memory=keep_in_memory, **kwargs)
 
     def _info(self) -> evaluate.MetricInfo:
@@ -360,7 +374,7 @@ class GlueMetric(evaluate.Metric):
         self.add_batch(predictions=[prediction], references=[reference], **kwargs)
 
     def _compute(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
-        return {name: float(_SCORES[name](references, predictions)) for name in self.metric_names}
+        return {name: float(_SCORES[name](references, predictions, self.positive_class)) for name in self.metric_names}
 
     def _as_class_indices(self, predictions, references) -> tuple[np.ndarray, np.ndarray]:
         predictions = self._as_class_index_array("predictions", predictions)
@@ -397,7 +411,7 @@ class GlueMetric(evaluate.Metric):
         return values.astype(np.int64, copy=False)
 
 
-def _matthews_correlation(references: np.ndarray, predictions: np.ndarray) -> float:
+def _matthews_correlation(references: np.ndarray, predictions: np.ndarray, positive: int) -> float:
     # With one class predicted, MCC is 0 / 0, and 0 by convention. scikit-learn agrees, but warns where the references
     # hold no other class either.
     if (predictions == predictions[0]).all():
@@ -405,10 +419,13 @@ def _matthews_correlation(references: np.ndarray, predictions: np.ndarray) -> fl
     return matthews_corrcoef(references, predictions)
 
 
-# All take (references, predictions), the order of scikit-learn. `zero_division=0` is its default without the warning.
+# All take (references, predictions), the order of scikit-learn, and the positive class, which only F1 looks at.
+# `zero_division=0` is its default without the warning.
 _SCORES = {
-    "accuracy": accuracy_score,
-    "f1": lambda references, predictions: f1_score(references, predictions, pos_label=1, zero_division=0),
-    "macro_f1": lambda references, predictions: f1_score(references, predictions, average="macro", zero_division=0),
+    "accuracy": lambda references, predictions, _: accuracy_score(references, predictions),
+    "f1": lambda references, predictions, positive: f1_score(
+        references, predictions, pos_label=positive, zero_division=0
+    ),
+    "macro_f1": lambda references, predictions, _: f1_score(references, predictions, average="macro", zero_division=0),
     "matthews_correlation": _matthews_correlation,
 }

@@ -12,10 +12,11 @@ import csv
 import json
 import os
 import sys
-import tempfile
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,25 +25,17 @@ from uuid import uuid4
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from datasets import (
-    Dataset,
-    Features,
-    IterableDataset,
-    are_progress_bars_disabled,
-    disable_progress_bars,
-    enable_progress_bars,
-    load_dataset,
-)
+from datasets import Dataset, IterableDataset
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
+from .data_files import RowFile
 from .exiting_gaml import shown
 from .modeling_gaml_bert import GamlBertForSequenceClassification
 from .ort import GamlOrtModelForSequenceClassification
 from .pipeline_gaml import EXIT_FIELDS, GamlTextClassificationPipeline
 
 
-BUILDERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 WINDOW = 4096  # rows
 TEXTS = ("text", "text_pair")  # what the pipeline calls the text columns
 
@@ -154,13 +147,12 @@ def score_file(
 
     Args:
         source (`str`, `os.PathLike`, `datasets.Dataset` or `datasets.IterableDataset`):
-            A csv, json, jsonl or parquet file, which is streamed and may be larger than the memory, or a dataset.
+            A dataset, or a file as in [`~gaml_hf.data_files.RowFile`], which is streamed and may be larger than the
+            memory.
         target (`str` or `os.PathLike`): a csv, jsonl or parquet file; one that is there is replaced.
         load_classifier (`Callable`): makes the pipeline; each process calls it once. It must be picklable where
             `num_proc` is above 1.
-        num_proc (`int`, *optional*, defaults to 1):
-            Processes. More than one go through `datasets.map`, which needs the rows on disk: a file is copied into a
-            temporary cache first.
+        num_proc (`int`, *optional*, defaults to 1): processes; each answers a window at a time.
         progress (`bool`, *optional*, defaults to `True`): show a progress bar.
         text_columns, batch_size, window, on_error, arguments: as in [`score_rows`].
 
@@ -183,16 +175,16 @@ def score_file(
     if is_file and target.exists() and source.exists() and target.samefile(source):
         raise ValueError(f"`target` must not be `source`, whose rows it would replace. Got `{target}` for both.")
     counts = {"rows": 0, "skipped": 0}
-    with tempfile.TemporaryDirectory(prefix="gaml_score-") as cache, _writer(target) as write:
-        rows = _open(source, text_columns, num_proc == 1, cache) if is_file else source
-        _check_columns(text_columns, rows.column_names)
+    rows = RowFile(source, "source", text_columns) if is_file else source
+    _check_columns(text_columns, rows.column_names)
+    with _writer(target) as write:
         total = len(rows) if isinstance(rows, Dataset) else None
         settings = (text_columns, batch_size, window, on_error, arguments)
         if num_proc == 1:
             predictions = _score_windows(rows, load_classifier(), *settings)
         else:
-            predictions = _score_in_processes(rows, load_classifier, *settings, num_proc, cache, progress)
-        bar = iter(tqdm(predictions, total=total, unit=" rows", disable=not progress or num_proc > 1))
+            predictions = _score_in_processes(rows, load_classifier, *settings, num_proc)
+        bar = iter(tqdm(predictions, total=total, unit=" rows", disable=not progress))
         while chunk := list(islice(bar, window)):
             write(chunk)
             counts["rows"] += len(chunk)
@@ -206,96 +198,34 @@ def _path(name: str, value: Any) -> Path:
     return Path(value)
 
 
-def _open(path: Path, text_columns: Sequence[str], streaming: bool, cache_dir: str) -> Dataset | Iterable[dict]:
-    if path.suffix not in BUILDERS:
-        raise ValueError(f"`source` must end in {', '.join(BUILDERS)}. Got `{path}`.")
-    if not path.is_file():
-        raise ValueError(f"`source` must be a file. Got `{path}`, which is not there.")
-    if path.stat().st_size == 0:
-        raise ValueError(f"`source` must hold rows. Got `{path}`, which is empty.")
-    options = {}
-    if path.suffix == ".csv":  # a text may be "2012", "007", "True", "NA" or empty, and stays what it is
-        options = {"converters": dict.fromkeys(text_columns, str), "keep_default_na": False}
-    with _reading(path):
-        rows = load_dataset(
-            BUILDERS[path.suffix],
-            data_files=str(path),
-            split="train",
-            streaming=streaming,
-            cache_dir=cache_dir,
-            **options,
-        )
-    return _Stream(rows, path) if streaming else rows
-
-
-class _Stream:
-    """The rows of a file as they come, and one clear error where they end too soon."""
-
-    def __init__(self, rows: IterableDataset, path: Path):
-        self.rows, self.path, self.column_names = rows, path, rows.column_names
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        with _reading(self.path):
-            yield from self.rows
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # of pandas, Arrow, json, or a codec
-        raise ValueError(f"`source` could not be read, {path}: {error.__cause__ or error}") from error
-
-
 def _score_in_processes(
-    rows, load_classifier, text_columns, batch_size, window, on_error, arguments, num_proc, cache, progress
+    rows, load_classifier, text_columns, batch_size, window, on_error, arguments, num_proc
 ) -> Iterator[dict[str, Any]]:
-    if not isinstance(rows, Dataset):
-        raise ValueError("`num_proc` above 1 needs a file or a `datasets.Dataset`. Got a stream.")
-    if len(rows) == 0:
-        return
-    hide = not progress and not are_progress_bars_disabled()
-    if hide:
-        disable_progress_bars()
-    try:
-        scored = rows.select_columns(list(text_columns)).map(
-            partial(
-                _score_batch,
-                load_classifier=load_classifier,
-                text_columns=text_columns,
-                batch_size=batch_size,
-                arguments=arguments,
-            ),
-            with_indices=True,
-            batched=True,
-            batch_size=window,
-            num_proc=min(num_proc, len(rows)),
-            remove_columns=list(text_columns),
-            features=Features.from_arrow_schema(SCHEMA),
-            load_from_cache_file=False,
-            new_fingerprint=uuid4().hex,  # else the pipeline would be pickled to make one
-            cache_file_name=str(Path(cache) / "predictions.arrow"),
-            desc="Scoring",
-        )
-    finally:
-        if hide:
-            enable_progress_bars()
-    for prediction in scored:
-        if on_error == "raise" and prediction["error"] is not None:
-            raise ValueError(f"Row {prediction['row']}: {prediction['error']}")
-        yield prediction
+    """[`_score_windows`], with up to two windows for each process read ahead."""
+    rows, start, waiting = iter(rows), 0, deque()
+    with ProcessPoolExecutor(num_proc, initializer=_keep, initargs=(load_classifier,)) as pool:
+        try:
+            while (chunk := list(islice(rows, min(window, sys.maxsize)))) or waiting:
+                if chunk:
+                    waiting.append(pool.submit(_score_chunk, chunk, start, text_columns, batch_size, arguments))
+                    start += len(chunk)
+                if not chunk or len(waiting) == 2 * num_proc:
+                    for prediction in waiting.popleft().result():
+                        if on_error == "raise" and prediction["error"] is not None:
+                            raise ValueError(f"Row {prediction['row']}: {prediction['error']}")
+                        yield prediction
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-def _score_batch(batch, indices, load_classifier, text_columns, batch_size, arguments) -> dict[str, list]:
-    """One window in one of several processes."""
-    chunk = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-    predictions = _score_window(chunk, indices[0], _loaded(load_classifier), text_columns, batch_size, arguments)
-    return {name: [prediction[name] for prediction in predictions] for name in SCHEMA.names}
+def _keep(load_classifier: Callable[[], GamlTextClassificationPipeline]) -> None:
+    global _classifier
+    _classifier = cache(load_classifier)  # not called here: what it raises would be lost
 
 
-@lru_cache(maxsize=1)
-def _loaded(load_classifier: Callable[[], GamlTextClassificationPipeline]) -> GamlTextClassificationPipeline:
-    return load_classifier()
+def _score_chunk(chunk, start, text_columns, batch_size, arguments) -> list[dict[str, Any]]:
+    """[`_score_window`] in one of several processes."""
+    return _score_window(chunk, start, _classifier(), text_columns, batch_size, arguments)
 
 
 @contextmanager
@@ -365,7 +295,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Classify every row of a file. Exit code: 1 where rows were skipped, 2 where nothing was written.",
     )
     parser.add_argument("--model", required=True, help="a checkpoint: a folder or a name on the Hub")
-    parser.add_argument("--input", required=True, help="rows: a csv, json, jsonl or parquet file")
+    parser.add_argument("--input", required=True, help="rows: a csv, tsv, json, jsonl or parquet file")
     parser.add_argument("--output", required=True, help="predictions: a csv, jsonl or parquet file")
     parser.add_argument("--text_columns", nargs="+", default=["text"], help="the one or two text columns")
     parser.add_argument("--batch_size", type=int, default=32, help="rows that run together")
