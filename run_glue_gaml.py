@@ -62,6 +62,7 @@ from gaml_hf.evaluation import (
 from gaml_hf.exiting_gaml import EXIT_POLICIES
 from gaml_hf.glue import GLUE_TASKS, GlueMetric, get_task, selection_scorer
 from gaml_hf.hub import TOLD_ARGUMENTS, TOLD_FIELDS, push_checkpoint, save_checkpoint
+from gaml_hf.pipeline_gaml import MIN_LENGTH
 
 
 logger = logging.getLogger(__name__)
@@ -101,7 +102,21 @@ class DataTrainingArguments:
         metadata={"help": "The one or two text columns. Defaults to the task's, or to the columns that hold text."},
     )
     label_column: str = field(default="label", metadata={"help": "The column of the class: names or whole numbers."})
-    max_seq_length: int = field(default=128, metadata={"help": "Longer texts are cut to this many tokens."})
+    max_seq_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Longer texts are cut to this many tokens, here and wherever the saved model is used. Defaults to "
+            "what a GAML-BERT was trained with, and to 128 for a BERT."
+        },
+    )
+    split_special_tokens: bool | None = field(
+        default=None,
+        metadata={
+            "help": 'Read "[SEP]" or "[MASK]" in a text as the characters they are, here and wherever the saved model '
+            "is used. Defaults to what the tokenizer says; for a BERT whose tokenizer says nothing, to True, unless "
+            "special tokens were added to it."
+        },
+    )
     pad_to_max_length: bool = field(
         default=False, metadata={"help": "Pad every text to `max_seq_length`; else to the longest of its batch."}
     )
@@ -395,6 +410,30 @@ def load_model(
     return GamlBertForSequenceClassification.from_pretrained(name, config=config, **source), tokenizer
 
 
+def settle_reading(
+    tokenizer: PreTrainedTokenizerBase, config: GamlBertConfig, data_args: DataTrainingArguments
+) -> None:
+    """How a text becomes tokens: set on the tokenizer, which is saved with it, so that all who use it read alike."""
+    limit, length = config.max_position_embeddings, data_args.max_seq_length
+    is_gaml = GamlBertForSequenceClassification.__name__ in (config.architectures or [])
+    if length is None:
+        length = min(tokenizer.model_max_length, limit) if is_gaml else min(128, tokenizer.model_max_length, limit)
+    elif not MIN_LENGTH <= length <= limit:
+        raise ValueError(
+            f"`max_seq_length` must lie between {MIN_LENGTH} and {limit}, the longest input that "
+            f"the model can read (`max_position_embeddings`). Got {length}."
+        )
+    split = data_args.split_special_tokens
+    if split is None and (is_gaml or "split_special_tokens" in tokenizer.init_kwargs):
+        split = tokenizer.split_special_tokens
+    elif split is None:
+        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        split = special <= set(tokenizer.special_tokens_map.values())
+    tokenizer.model_max_length, tokenizer.split_special_tokens = length, split
+    kind = "the characters they are" if split else "special tokens"
+    logger.info(f"Texts are cut to {length} tokens. [SEP] and the like in a text are read as {kind}.")
+
+
 def policy_line(name: str, point: dict) -> str:
     speeds = [f"{point['speed_up']:.2f}x layers"]
     speeds += [f"{point['flops_speed_up']:.2f}x FLOPs"]
@@ -465,13 +504,12 @@ def main(argv: list[str] | None = None) -> dict:
         for split, part in rows.items()
         if split not in test_splits  # whose labels, if any, are not read
     }
-    max_length = min(data_args.max_seq_length, tokenizer.model_max_length, config.max_position_embeddings)
+    settle_reading(tokenizer, config, data_args)
 
     def tokenize(batch: dict) -> dict:
         return tokenizer(
             *(batch[column] for column in columns),
             padding="max_length" if data_args.pad_to_max_length else False,
-            max_length=max_length,
             truncation=True,
         )
 

@@ -153,6 +153,16 @@ def test_the_saved_tokenizer_forgets_the_last_call(model, tokenizer, tmp_path):
     assert (saved.get_vocab(), tokenizer.backend_tokenizer.truncation["max_length"]) == (tokenizer.get_vocab(), 4)
 
 
+@mark.parametrize("split", [True, False])
+def test_the_saved_tokenizer_keeps_how_it_reads(model, tokenizer, tmp_path, split):
+    """Upstream saves `split_special_tokens` only where it was given to `from_pretrained`."""
+    tokenizer.split_special_tokens, tokenizer.model_max_length = split, 9
+    folder = save_checkpoint(model, tokenizer, tmp_path / "checkpoint")
+    loaded = AutoTokenizer.from_pretrained(folder)
+    assert (loaded.split_special_tokens, loaded.model_max_length) == (split, 9)
+    assert loaded("good [SEP]") == tokenizer("good [SEP]")
+
+
 @mark.parametrize("umask", [0o022, 0o027])
 def test_every_file_has_the_mode_of_the_umask(model, tokenizer, tmp_path, umask):
     before = os.umask(umask)

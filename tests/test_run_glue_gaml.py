@@ -13,12 +13,14 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from huggingface_hub import snapshot_download
 from pytest import approx, fixture, mark, raises
-from transformers import BertConfig, BertModel, pipeline
+from transformers import AutoTokenizer, BertConfig, BertModel, pipeline
 
 import run_glue_gaml
-from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification
+from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification, scoring
 from gaml_hf.glue import GLUE_TASKS
+from gaml_hf.handler import EndpointHandler
 from gaml_hf.hub import check_checkpoint
+from gaml_hf.ort import export_onnx
 
 
 GOOD, BAD = ["good", "great", "fine", "best", "funny"], ["bad", "awful", "dull", "sad", "worst"]
@@ -114,6 +116,65 @@ def test_train_evaluate_predict_and_use(common, files, tmp_path, capsys):
     )
     assert again["evaluation"]["validation"]["exits"] == evaluation["exits"]
     assert again["evaluation"]["validation"]["policy"]["speed_up"] == evaluation["policy"]["speed_up"]
+
+
+READINGS = {
+    "by default": ([], True),
+    "as control tokens": (["--split_special_tokens", "False"], False),
+    "with a token of one's own": (["--tokenizer_name", "own"], False),
+}
+
+
+@mark.parametrize("reading", READINGS)
+def test_a_model_is_served_as_it_was_scored(common, files, tokenizer, tmp_path, monkeypatch, reading):
+    """The length and the reading of special tokens: of script, pipeline, handler, gaml-score and an ONNX export."""
+    words, split = READINGS[reading]
+    monkeypatch.chdir(tmp_path)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["plot"]})  # in the vocabulary already
+    tokenizer.save_pretrained("own")
+    texts = [
+        "the film is [MASK] [SEP] good .",
+        "the film is good [SEP] [PAD] awful .",
+        "bad plot [CLS] good",
+        "the film is a story of a scene and the actor is so good .",
+    ]
+    test = write_csv(tmp_path / "odd.csv", [{"sentence": text} for text in texts])
+    words = [*common, *with_files(files, "train"), "--test_file", test, "--do_train", "--do_predict", *words]
+    run_glue_gaml.main([*words, "--max_steps", "2", "--patience", "1", "--max_seq_length", "9"])
+
+    out = tmp_path / "out"
+    with (out / "predictions_test.tsv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    expected = [(row["prediction"], approx(float(row["score"]), abs=2e-6), int(row["exit_layer"])) for row in rows]
+
+    def served(answers):
+        return [(answer["label"], answer["score"], answer["exit_layer"]) for answer in answers]
+
+    classifier = pipeline("text-classification", model=str(out), trust_remote_code=True, device="cpu")
+    tokens = classifier.tokenizer
+    assert (tokens.model_max_length, tokens.split_special_tokens) == (9, split)
+    answers = classifier(texts)
+    assert served(answers) == expected
+    assert answers[3]["truncated"]
+    classifier.save_pretrained("resaved")
+    for folder in (out / "checkpoint-2", "resaved"):  # saved by the Trainer; loaded and saved again
+        again = AutoTokenizer.from_pretrained(folder)
+        assert (again.model_max_length, again.split_special_tokens) == (9, split)
+    # A call may override both, and they matter.
+    assert served(classifier(texts[3], max_length=64)) != expected[3:]
+    assert served(classifier(texts, split_special_tokens=not split))[:3] != expected[:3]
+
+    assert served(EndpointHandler(str(out))({"inputs": texts})) == expected
+    export_onnx(GamlBertForSequenceClassification.from_pretrained(out), tmp_path / "onnx", tokenizer=tokens)
+    for name, more in (("out", ["--device", "cpu"]), ("onnx", ["--onnx"])):
+        command = ["--model", name, "--input", test, "--text_columns", "sentence", "--output", f"{name}.jsonl", *more]
+        assert scoring.main(command) == 0
+        assert served(map(json.loads, Path(f"{name}.jsonl").read_text().splitlines())) == expected
+
+    # A script that is not told otherwise goes on with what the checkpoint says.
+    words = [*common, "--model_name_or_path", str(out), *with_files(files, "train"), "--test_file", test]
+    run_glue_gaml.main([*words, "--do_predict", "--output_dir", str(tmp_path / "again")])
+    assert (tmp_path / "again" / "predictions_test.tsv").read_text() == (out / "predictions_test.tsv").read_text()
 
 
 def test_recipe_file_and_command_line_override(common, files, tmp_path):
@@ -399,6 +460,12 @@ def test_a_training_that_diverges_keeps_what_was_good(common, files, tmp_path):
 def test_wrong_arguments(common, words, sentence):
     with raises(ValueError, match=sentence):
         run_glue_gaml.main([*common, *words.split()])
+
+
+@mark.parametrize("length", [4, 65])
+def test_a_length_that_the_model_cannot_read(common, files, length):
+    with raises(ValueError, match=f"`max_seq_length` must lie between 5 and 64, .* Got {length}"):
+        run_glue_gaml.main([*common, *with_files(files, "train"), "--do_train", "--max_seq_length", str(length)])
 
 
 def test_a_policy_cannot_be_chosen_without_rows(common, files):

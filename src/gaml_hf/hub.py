@@ -24,11 +24,10 @@ from huggingface_hub import (
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from safetensors import SafetensorError, safe_open
-from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 from transformers.dynamic_module_utils import get_relative_imports
 
-from .checkpoints import SEAL, explain_full_disk, staging_folder
+from .checkpoints import SEAL, explain_full_disk, save_tokenizer, staging_folder
 from .checksums_gaml import verify_checksum, weight_files
 from .configuration_gaml_bert import GamlBertConfig
 from .evaluation import OperatingPoint
@@ -122,8 +121,7 @@ def save_checkpoint(model, tokenizer, folder: str | os.PathLike, *, card: Mappin
     stage = staging_folder(folder if exists else folder.parent)
     try:
         model.save_pretrained(stage)
-        tokenizer.save_pretrained(stage)
-        _forget_last_call(stage / "tokenizer.json")
+        save_tokenizer(tokenizer, stage)
         if card is not None or not (folder / "README.md").exists():
             figures = [name for name in FIGURES if (folder / name).exists()]
             values = {"figures": figures} | dict(card or {})
@@ -146,18 +144,6 @@ def save_checkpoint(model, tokenizer, folder: str | os.PathLike, *, card: Mappin
     finally:
         shutil.rmtree(stage, ignore_errors=True)
     return folder
-
-
-def _forget_last_call(path: Path) -> None:
-    """
-    Take truncation and padding out of a `tokenizer.json`: they are those of whatever call came last, and a program
-    that reads the file without Transformers would cut every text by them.
-    """
-    if path.exists():  # else a tokenizer in Python alone
-        tokenizer = Tokenizer.from_file(str(path))
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        tokenizer.save(str(path))
 
 
 def _move_in(stage: Path, folder: Path) -> None:
