@@ -38,6 +38,7 @@ from transformers import (
     EarlyStoppingCallback,
     HfArgumentParser,
     PreTrainedTokenizerBase,
+    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -571,7 +572,10 @@ def main(argv: list[str] | None = None) -> dict:
         "command": shown_command(sys.argv[1:] if argv is None else argv),
         "model_arguments": {key: value for key, value in asdict(model_args).items() if key != "token"},
         "data_arguments": asdict(data_args),
-        "training_arguments": {k: v for k, v in training_args.to_sanitized_dict().items() if "token" not in k},
+        "training_arguments": {key: value for key, value in training_args.to_dict().items() if "token" not in key},
+        "text_columns": columns,
+        "max_length": tokenizer.model_max_length,
+        "split_special_tokens": tokenizer.split_special_tokens,
         "versions": {
             "gaml_hf": __version__,
             "torch": torch.__version__,
@@ -591,13 +595,19 @@ def main(argv: list[str] | None = None) -> dict:
         if training_args.overwrite_output_dir and not resume and trainer.is_world_process_zero():
             for checkpoint in checkpoints:  # or a resume could take one of the old run
                 shutil.rmtree(checkpoint)
+        trainer.add_callback(first_step := FirstStep())
         result = trainer.train(resume_from_checkpoint=resume)
-        trainer.log_metrics("train", result.metrics)
-        trainer.save_metrics("train", result.metrics)
-        run["train_metrics"] = result.metrics
         run["global_step"] = trainer.state.global_step
         run["best_step"] = trainer.state.best_global_step
-        run["log_history"] = trainer.state.log_history
+        steps = trainer.state.global_step - first_step.value
+        if steps > 0:
+            metrics = result.metrics | {"train_steps": steps}  # after a resume, not all there were
+            trainer.log_metrics("train", metrics)
+            trainer.save_metrics("train", metrics)
+            run |= {"train_metrics": metrics, "log_history": trainer.state.log_history}
+        else:  # the Trainer has told, and logged, a training of no time and a loss of 0
+            run["log_history"] = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
+            run |= finished_run(output_dir, trainer.state.global_step)
 
     # The exit policy, on the rows set aside
     chosen: OperatingPoint | None = None
@@ -612,7 +622,7 @@ def main(argv: list[str] | None = None) -> dict:
             chosen = choose(points, tuple(gaml_args.target_speed_up))
             for key, value in chosen.config_fields().items():
                 setattr(config, key, value)
-            run["chosen"] = asdict(chosen)
+            run |= {"chosen": asdict(chosen), "target_speed_up": gaml_args.target_speed_up}
     run["config"] = config.to_dict()
 
     # Scores
@@ -626,7 +636,7 @@ def main(argv: list[str] | None = None) -> dict:
             flat = {f"exit_{m}": values[main_metric] for m, values in evaluation["exits"].items()}
             flat |= {"exit_mean": evaluation["exit_mean"], **evaluation["policy"], "samples": len(part)}
             results |= {f"{prefix}_{key}": value for key, value in flat.items()}
-            tables.append(score_table(split, evaluation, chosen))
+            tables.append(score_table(split, evaluation, run))
             if trainer.is_world_process_zero() and prefix == "eval":
                 depth = {m: values[main_metric] for m, values in evaluation["exits"].items()}
                 curves = {
@@ -668,6 +678,25 @@ def main(argv: list[str] | None = None) -> dict:
         print("\n".join(tables))
         print(f"Everything is in {output_dir}{os.sep}")
     return run
+
+
+class FirstStep(TrainerCallback):
+    """Remembers the step at which the training began: not 0 after a resume."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.value = state.global_step
+
+
+def finished_run(output_dir: Path, step: int) -> dict:
+    """What `run.json` tells of a training that had already made its last step when it was resumed."""
+    path = output_dir / "run.json"
+    run = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    known = run.get("global_step") == step and "train_metrics" in run
+    logger.info(
+        f"The training was over, at step {step}. "
+        + ("Its time and loss stay as they were." if known else "Its time and loss are not known any more.")
+    )
+    return {key: run[key] for key in ("train_metrics", "log_history")} if known else {}
 
 
 def evaluate(
@@ -716,13 +745,13 @@ def predict_exits(trainer: GamlTrainer, part: datasets.Dataset) -> tuple[np.ndar
     return output.predictions[2], output.label_ids
 
 
-def score_table(split: str, evaluation: dict, chosen: OperatingPoint | None) -> str:
+def score_table(split: str, evaluation: dict, run: dict) -> str:
     """What a person reads at the end."""
     names = list(next(iter(evaluation["exits"].values())))
     width = max(12, *(len(name) + 2 for name in names))
     lines = [
         "",
-        f"{split}: {evaluation['rows']} rows",
+        f"{split}: {evaluation['rows']} rows, cut to {run['max_length']} tokens",
         "exit".ljust(22) + "".join(name.rjust(width) for name in names),
     ]
     for m, scores in evaluation["exits"].items():
@@ -731,7 +760,14 @@ def score_table(split: str, evaluation: dict, chosen: OperatingPoint | None) -> 
     policy = evaluation["policy"]
     name = policy["exit_strategy"] + ("" if policy["parameter"] is None else f" {policy['parameter']:.4g}")
     lines.append(name.ljust(22) + "".join(f"{policy[key]:.4f}".rjust(width) for key in names))
-    lines.append(policy_line("speed-up", policy) + (" (policy chosen on rows set aside)" if chosen else ""))
+    lines.append(policy_line("speed-up", policy))
+    if "chosen" in run:
+        low, high = run["target_speed_up"]
+        missed = "" if low <= policy["speed_up"] <= high else ": missed"
+        lines.append(
+            f"wanted: {low:.2f}x to {high:.2f}x layers{missed} (policy chosen on rows set aside, where it gave "
+            f"{run['chosen']['speed_up']:.2f}x)"
+        )
     return "\n".join(lines)
 
 
@@ -780,9 +816,12 @@ def card_values(run: dict, data_args: DataTrainingArguments, model_args: ModelAr
         "metric_name": main_metric,
         "versions": run["versions"],
         "command": run["command"],
+        "text_columns": run["text_columns"],
+        "max_length": run["max_length"],
     }
-    if "train_metrics" in run:
-        card["training_arguments"] = {key: arguments[key] for key in TOLD_ARGUMENTS}
+    if "global_step" in run:
+        card["training_arguments"] = {"max_seq_length": run["max_length"]}
+        card["training_arguments"] |= {key: arguments[key] for key in TOLD_ARGUMENTS}
         card["training_arguments"] |= {key: config[key] for key in TOLD_FIELDS}
         card |= {"seed": arguments["seed"], "date": run["date"], "rows": {**run["rows"]}}
     if "evaluation" in run:
@@ -802,6 +841,8 @@ def card_values(run: dict, data_args: DataTrainingArguments, model_args: ModelAr
             ),
             "chosen_scores": {key: policy[key] for key in evaluation["most_frequent_class"] if key != main_metric},
             "chosen_on": "training rows set aside" if "chosen" in run else None,
+            "chosen_on_speed_up": run.get("chosen", {}).get("speed_up"),
+            "target_speed_up": run.get("target_speed_up"),
             "flops_speed_up": policy["flops_speed_up"],
             "latency_speed_up": policy.get("latency_speed_up"),
         }

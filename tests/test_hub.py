@@ -427,6 +427,39 @@ def test_card_says_what_was_measured(model):
         assert part not in text
 
 
+PAIR_CALL = 'classifier({"text": "A text to classify.", "text_pair": "The text beside it."})  # label'
+
+
+def test_card_shows_the_call_that_the_model_takes(model):
+    one, two = (render_card(model.config, text_columns=columns) for columns in (["review"], ["premise", "hypothesis"]))
+    assert 'classifier("A text to classify.")  # label' in one
+    assert "- Trained on the column `review`\n" in one
+    assert PAIR_CALL in two
+    assert "- Trained on the column `premise` and the column `hypothesis`, a pair of texts\n" in two
+    assert 'classifier("A text' not in two
+
+
+@mark.parametrize(
+    ("target", "missed"), [(None, False), ([1.8, 2.1], False), ([2.0, 2.1], True), ([1.5, 1.9], True)], ids=str
+)
+def test_card_says_where_the_wanted_speed_up_was_missed(model, target, missed):
+    text = render_card(model.config, **MEASURED, chosen_on_speed_up=1.99, target_speed_up=target)
+    assert "chosen on rows set aside, where it gave 1.99x." in text
+    sentence = "**The wanted speed-up, {:.2f}x to {:.2f}x, was missed.**".format(*target or (0, 0))
+    assert (sentence in text) == ("missed" in text) == missed
+
+
+def test_card_says_how_long_a_text_may_be(model, tokenizer, tmp_path):
+    limit = model.config.max_position_embeddings
+    tokenizer.model_max_length = 12
+    text = (save_checkpoint(model, tokenizer, tmp_path / "short") / "README.md").read_text()
+    assert f"- A text is cut to 12 tokens; `max_length` in a call changes that, up to {limit}\n" in text
+    assert "At most\n  12 tokens of a text are read.\n" in text
+    tokenizer.model_max_length = 10**30
+    text = (save_checkpoint(model, tokenizer, tmp_path / "long") / "README.md").read_text()
+    assert f"- A text is cut to {limit} tokens\n" in text
+
+
 def test_card_metadata(model):
     data = ModelCard(render_card(model.config, **MEASURED)).data
     assert (data.library_name, data.pipeline_tag, data.license) == (

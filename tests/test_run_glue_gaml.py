@@ -93,6 +93,14 @@ def test_train_evaluate_predict_and_use(common, files, tmp_path, capsys):
     results = json.loads((out / "eval_results.json").read_text())
     assert results["eval_exit_4"] == evaluation["exits"][4]["combined_score"]
     assert results["eval_speed_up"] == evaluation["policy"]["speed_up"]
+    assert "validation: 40 rows, cut to 64 tokens" in printed
+    assert "wanted: 1.00x to 4.00x layers (policy chosen on rows set aside, where it gave " in printed
+    told = (out / "README.md").read_text() + (out / "run.json").read_text()
+    assert '"None"' not in told
+    assert "| None |" not in told
+    assert "missed" not in printed + told
+    assert "- A text is cut to 64 tokens\n" in told
+    assert "| `max_seq_length` | 64 |" in told
 
     check_checkpoint(out)
     assert {"depth_score.png", "speed_score.png", "README.md", "run.json"} <= {path.name for path in out.iterdir()}
@@ -236,6 +244,38 @@ def test_resume_continues_bit_for_bit(common, files, tmp_path):
     assert all((whole[key] == resumed[key]).all() for key in whole)
 
 
+def test_resuming_a_finished_run_keeps_its_time_and_loss(common, files, tmp_path):
+    out = tmp_path / "out"
+    words = [*common, *with_files(files, "train", "validation"), "--do_train", "--patience", "1"]
+    words += "--early_stopping_patience 0 --num_train_epochs 2 --save_total_limit 5".split()
+    first = run_glue_gaml.main(words)
+    assert first["train_metrics"]["train_steps"] == first["global_step"] == 18
+    assert min(first["train_metrics"][name] for name in ("train_loss", "train_runtime")) > 0
+    saved = (out / "train_results.json").read_text()
+
+    again = run_glue_gaml.main([*words, "--do_eval", "--resume_from_checkpoint", "True"])
+    assert (out / "train_results.json").read_text() == saved
+    on_disk = json.loads((out / "run.json").read_text())
+    for run in (again, on_disk):
+        assert run["train_metrics"] == first["train_metrics"]
+        assert run["log_history"] == first["log_history"]
+        assert run["global_step"] == 18
+    assert on_disk["evaluation"]
+
+    (out / "run.json").unlink()  # as if killed before it was written: unknown, not 0
+    again = run_glue_gaml.main([*words, "--resume_from_checkpoint", "True"])
+    assert "train_metrics" not in again
+    assert again["log_history"] == first["log_history"][:-1]
+    assert "| `learning_rate` | 0.002 |" in (out / "README.md").read_text()
+
+    # Of a part, the figures are those of that part.
+    words = [*words, "--resume_from_checkpoint", str(out / "checkpoint-9"), "--output_dir", str(tmp_path / "part")]
+    part = run_glue_gaml.main(words)
+    assert part["train_metrics"]["train_steps"] == 9
+    losses = [entry["loss"] for entry in first["log_history"] if "loss" in entry and entry["step"] > 10]
+    assert part["train_metrics"]["train_loss"] == approx(np.mean(losses), rel=0.2)
+
+
 def test_a_run_started_anew_forgets_the_checkpoints_of_the_old_one(common, files, tmp_path):
     """Or a resume after a kill could go on with them."""
     words = [*common, *with_files(files, "train"), "--do_train", "--overwrite_output_dir", "--max_steps", "2"]
@@ -261,9 +301,20 @@ def test_other_formats_pairs_and_many_classes(common, tmp_path, suffix):
         rows.to_json(path, orient="records", lines=True)
     words = [*common, "--train_file", str(path), "--validation_file", str(path), "--do_train", "--do_eval"]
     run = run_glue_gaml.main([*words, "--num_train_epochs", "1", "--exit_strategy", "entropy"])
+    assert run["text_columns"] == ["premise", "hypothesis"]
+    assert '{"text": "A text to classify.", "text_pair": ' in (tmp_path / "out" / "README.md").read_text()
     assert run["config"]["id2label"] == {0: "2", 1: "5", 2: "9"}
     assert run["config"]["exit_strategy"] == "entropy"
     assert run["data_arguments"]["text_columns"] is None  # both text columns were found
+
+
+def test_a_speed_up_that_no_policy_reaches_is_told(common, files, tmp_path, capsys):
+    words = [*common, *with_files(files, "train", "validation"), "--do_train", "--do_eval", "--max_steps", "2"]
+    run = run_glue_gaml.main([*words, "--exit_strategy", "budgeted", "--target_speed_up", "2.5", "3.5"])
+    assert run["chosen"]["speed_up"] in (2, 4)  # of 4 layers
+    assert "wanted: 2.50x to 3.50x layers: missed (policy chosen on rows set aside, " in capsys.readouterr().out
+    assert "**The wanted speed-up, 2.50x to 3.50x, was missed.**" in (tmp_path / "out" / "README.md").read_text()
+    assert run["target_speed_up"] == [2.5, 3.5]
 
 
 def test_glue_task_from_a_local_folder(common, glue_folder):
