@@ -15,8 +15,9 @@ from huggingface_hub import snapshot_download
 from pytest import approx, fixture, mark, raises
 from transformers import AutoTokenizer, BertConfig, BertModel, pipeline
 
+import gaml_score
 import run_glue_gaml
-from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification, scoring
+from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification
 from gaml_hf.glue import GLUE_TASKS
 from gaml_hf.handler import EndpointHandler
 from gaml_hf.hub import check_checkpoint
@@ -176,7 +177,7 @@ def test_a_model_is_served_as_it_was_scored(common, files, tokenizer, tmp_path, 
     export_onnx(GamlBertForSequenceClassification.from_pretrained(out), tmp_path / "onnx", tokenizer=tokens)
     for name, more in (("out", ["--device", "cpu"]), ("onnx", ["--onnx"])):
         command = ["--model", name, "--input", test, "--text_columns", "sentence", "--output", f"{name}.jsonl", *more]
-        assert scoring.main(command) == 0
+        assert gaml_score.main(command) == 0
         assert served(map(json.loads, Path(f"{name}.jsonl").read_text().splitlines())) == expected
 
     # A script that is not told otherwise goes on with what the checkpoint says.
