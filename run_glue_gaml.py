@@ -573,7 +573,7 @@ def main(argv: list[str] | None = None) -> dict:
         "model_arguments": {key: value for key, value in asdict(model_args).items() if key != "token"},
         "data_arguments": asdict(data_args),
         "training_arguments": {key: value for key, value in training_args.to_dict().items() if "token" not in key},
-        "text_columns": columns,
+        "columns": {"text": columns, "label": data_args.label_column},
         "max_length": tokenizer.model_max_length,
         "split_special_tokens": tokenizer.split_special_tokens,
         "versions": {
@@ -816,7 +816,7 @@ def card_values(run: dict, data_args: DataTrainingArguments, model_args: ModelAr
         "metric_name": main_metric,
         "versions": run["versions"],
         "command": run["command"],
-        "text_columns": run["text_columns"],
+        "text_columns": run["columns"]["text"],
         "max_length": run["max_length"],
     }
     if "global_step" in run:

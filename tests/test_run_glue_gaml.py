@@ -302,7 +302,7 @@ def test_other_formats_pairs_and_many_classes(common, tmp_path, suffix):
         rows.to_json(path, orient="records", lines=True)
     words = [*common, "--train_file", str(path), "--validation_file", str(path), "--do_train", "--do_eval"]
     run = run_glue_gaml.main([*words, "--num_train_epochs", "1", "--exit_strategy", "entropy"])
-    assert run["text_columns"] == ["premise", "hypothesis"]
+    assert run["columns"]["text"] == ["premise", "hypothesis"]
     assert '{"text": "A text to classify.", "text_pair": ' in (tmp_path / "out" / "README.md").read_text()
     assert run["config"]["id2label"] == {0: "2", 1: "5", 2: "9"}
     assert run["config"]["exit_strategy"] == "entropy"
