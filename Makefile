@@ -15,7 +15,7 @@ VENV ?= .venv
 VENV_LOWEST ?= .venv-lowest
 VENV_AUDIT ?= .venv-audit
 TORCH ?=
-EXTRAS := test,dev,space
+EXTRAS := test,dev,space,explain
 EXTRAS_LOWEST := test,dev
 
 .PHONY: test demo lint test-lowest audit clean

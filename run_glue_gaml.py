@@ -39,6 +39,7 @@ from transformers import (
     EarlyStoppingCallback,
     HfArgumentParser,
     PreTrainedTokenizerBase,
+    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -66,6 +67,7 @@ from gaml_hf.evaluation import (
 from gaml_hf.exiting_gaml import EXIT_POLICIES
 from gaml_hf.glue import GLUE_TASKS, GlueMetric, GlueTask, get_task, selection_scorer
 from gaml_hf.hub import TOLD_ARGUMENTS, TOLD_FIELDS, push_checkpoint, save_checkpoint
+from gaml_hf.pipeline_gaml import MIN_LENGTH
 
 
 logger = logging.getLogger(__name__)
@@ -113,7 +115,21 @@ class DataTrainingArguments:
         default=None,
         metadata={"help": "Of two classes of your own, the one whose F1 is a score, instead of the mean over both."},
     )
-    max_seq_length: int = field(default=128, metadata={"help": "Longer texts are cut to this many tokens."})
+    max_seq_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Longer texts are cut to this many tokens, here and wherever the saved model is used. Defaults to "
+            "what a GAML-BERT was trained with, and to 128 for a BERT."
+        },
+    )
+    split_special_tokens: bool | None = field(
+        default=None,
+        metadata={
+            "help": 'Read "[SEP]" or "[MASK]" in a text as the characters they are, here and wherever the saved model '
+            "is used. Defaults to what the tokenizer says; for a BERT whose tokenizer says nothing, to True, unless "
+            "special tokens were added to it."
+        },
+    )
     pad_to_max_length: bool = field(
         default=False, metadata={"help": "Pad every text to `max_seq_length`; else to the longest of its batch."}
     )
@@ -380,6 +396,30 @@ def load_model(
     return GamlBertForSequenceClassification.from_pretrained(name, config=config, **source), tokenizer
 
 
+def settle_reading(
+    tokenizer: PreTrainedTokenizerBase, config: GamlBertConfig, data_args: DataTrainingArguments
+) -> None:
+    """How a text becomes tokens: set on the tokenizer, which is saved with it, so that all who use it read alike."""
+    limit, length = config.max_position_embeddings, data_args.max_seq_length
+    is_gaml = GamlBertForSequenceClassification.__name__ in (config.architectures or [])
+    if length is None:
+        length = min(tokenizer.model_max_length, limit) if is_gaml else min(128, tokenizer.model_max_length, limit)
+    elif not MIN_LENGTH <= length <= limit:
+        raise ValueError(
+            f"`max_seq_length` must lie between {MIN_LENGTH} and {limit}, the longest input that "
+            f"the model can read (`max_position_embeddings`). Got {length}."
+        )
+    split = data_args.split_special_tokens
+    if split is None and (is_gaml or "split_special_tokens" in tokenizer.init_kwargs):
+        split = tokenizer.split_special_tokens
+    elif split is None:
+        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        split = special <= set(tokenizer.special_tokens_map.values())
+    tokenizer.model_max_length, tokenizer.split_special_tokens = length, split
+    kind = "the characters they are" if split else "special tokens"
+    logger.info(f"Texts are cut to {length} tokens. [SEP] and the like in a text are read as {kind}.")
+
+
 def policy_line(name: str, point: dict) -> str:
     speeds = [f"{point['speed_up']:.2f}x layers"]
     speeds += [f"{point['flops_speed_up']:.2f}x FLOPs"]
@@ -471,13 +511,12 @@ def main(argv: list[str] | None = None) -> dict:
     for split in labels:
         counts = ", ".join(f"{name} {count}" for name, count in class_counts(labels[split], label_names).items())
         logger.info("%s: %d rows; classes: %s", split, len(rows[split]), counts)
-    max_length = min(data_args.max_seq_length, tokenizer.model_max_length, config.max_position_embeddings)
+    settle_reading(tokenizer, config, data_args)
 
     def tokenize(batch: dict) -> dict:
         return tokenizer(
             *([text or "" for text in batch[column]] for column in columns),
             padding="max_length" if data_args.pad_to_max_length else False,
-            max_length=max_length,
             truncation=True,
         )
 
@@ -545,7 +584,9 @@ def main(argv: list[str] | None = None) -> dict:
         "command": shown_command(sys.argv[1:] if argv is None else argv),
         "model_arguments": {key: value for key, value in asdict(model_args).items() if key != "token"},
         "data_arguments": asdict(data_args),
-        "training_arguments": {k: v for k, v in training_args.to_sanitized_dict().items() if "token" not in k},
+        "training_arguments": {key: value for key, value in training_args.to_dict().items() if "token" not in key},
+        "max_length": tokenizer.model_max_length,
+        "split_special_tokens": tokenizer.split_special_tokens,
         "versions": {
             "gaml_hf": __version__,
             "torch": torch.__version__,
@@ -568,13 +609,19 @@ def main(argv: list[str] | None = None) -> dict:
         if training_args.overwrite_output_dir and not resume and trainer.is_world_process_zero():
             for checkpoint in checkpoints:  # or a resume could take one of the old run
                 shutil.rmtree(checkpoint)
+        trainer.add_callback(first_step := FirstStep())
         result = trainer.train(resume_from_checkpoint=resume)
-        trainer.log_metrics("train", result.metrics)
-        trainer.save_metrics("train", result.metrics)
-        run["train_metrics"] = result.metrics
         run["global_step"] = trainer.state.global_step
         run["best_step"] = trainer.state.best_global_step
-        run["log_history"] = trainer.state.log_history
+        steps = trainer.state.global_step - first_step.value
+        if steps > 0:
+            metrics = result.metrics | {"train_steps": steps}  # after a resume, not all there were
+            trainer.log_metrics("train", metrics)
+            trainer.save_metrics("train", metrics)
+            run |= {"train_metrics": metrics, "log_history": trainer.state.log_history}
+        else:  # the Trainer has told, and logged, a training of no time and a loss of 0
+            run["log_history"] = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
+            run |= finished_run(output_dir, trainer.state.global_step)
 
     # The exit policy, on the rows set aside
     chosen: OperatingPoint | None = None
@@ -589,7 +636,7 @@ def main(argv: list[str] | None = None) -> dict:
             chosen = choose(points, tuple(gaml_args.target_speed_up))
             for key, value in chosen.config_fields().items():
                 setattr(config, key, value)
-            run["chosen"] = asdict(chosen)
+            run |= {"chosen": asdict(chosen), "target_speed_up": gaml_args.target_speed_up}
         warn_of_one_class(exit_logits, config)
     run["config"] = config.to_dict()
 
@@ -646,6 +693,25 @@ def main(argv: list[str] | None = None) -> dict:
         print("\n".join(tables))
         print(f"Everything is in {output_dir}{os.sep}")
     return run
+
+
+class FirstStep(TrainerCallback):
+    """Remembers the step at which the training began: not 0 after a resume."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.value = state.global_step
+
+
+def finished_run(output_dir: Path, step: int) -> dict:
+    """What `run.json` tells of a training that had already made its last step when it was resumed."""
+    path = output_dir / "run.json"
+    run = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    known = run.get("global_step") == step and "train_metrics" in run
+    logger.info(
+        f"The training was over, at step {step}. "
+        + ("Its time and loss stay as they were." if known else "Its time and loss are not known any more.")
+    )
+    return {key: run[key] for key in ("train_metrics", "log_history")} if known else {}
 
 
 def evaluate(
@@ -708,7 +774,8 @@ def score_table(split: str, evaluation: dict, run: dict) -> str:
     width = max(12, *(len(name) + 2 for name in names))
     lines = [
         "",
-        f"{split}: {evaluation['rows']} rows; text: {' + '.join(run['columns']['text'])}; "
+        f"{split}: {evaluation['rows']} rows, cut to {run['max_length']} tokens; "
+        f"text: {' + '.join(run['columns']['text'])}; "
         f"{run['columns']['label']}: {', '.join(f'{name} {n}' for name, n in evaluation['classes'].items())}{f1_of}",
         "exit".ljust(22) + "".join(name.rjust(width) for name in names),
     ]
@@ -719,7 +786,14 @@ def score_table(split: str, evaluation: dict, run: dict) -> str:
     policy = evaluation["policy"]
     name = policy["exit_strategy"] + ("" if policy["parameter"] is None else f" {policy['parameter']:.4g}")
     lines.append(name.ljust(22) + "".join(f"{policy[key]:.4f}".rjust(width) for key in names))
-    lines.append(policy_line("speed-up", policy) + (" (policy chosen on rows set aside)" if "chosen" in run else ""))
+    lines.append(policy_line("speed-up", policy))
+    if "chosen" in run:
+        low, high = run["target_speed_up"]
+        missed = "" if low <= policy["speed_up"] <= high else ": missed"
+        lines.append(
+            f"wanted: {low:.2f}x to {high:.2f}x layers{missed} (policy chosen on rows set aside, where it gave "
+            f"{run['chosen']['speed_up']:.2f}x)"
+        )
     return "\n".join(lines)
 
 
@@ -768,9 +842,12 @@ def card_values(run: dict, data_args: DataTrainingArguments, model_args: ModelAr
         "metric_name": main_metric,
         "versions": run["versions"],
         "command": run["command"],
+        "text_columns": run["columns"]["text"],
+        "max_length": run["max_length"],
     }
-    if "train_metrics" in run:
-        card["training_arguments"] = {key: arguments[key] for key in TOLD_ARGUMENTS}
+    if "global_step" in run:
+        card["training_arguments"] = {"max_seq_length": run["max_length"]}
+        card["training_arguments"] |= {key: arguments[key] for key in TOLD_ARGUMENTS}
         card["training_arguments"] |= {key: config[key] for key in TOLD_FIELDS}
         card |= {"seed": arguments["seed"], "date": run["date"], "rows": {**run["rows"]}}
     if "evaluation" in run:
@@ -794,6 +871,8 @@ def card_values(run: dict, data_args: DataTrainingArguments, model_args: ModelAr
                 if key != main_metric
             },
             "chosen_on": "training rows set aside" if "chosen" in run else None,
+            "chosen_on_speed_up": run.get("chosen", {}).get("speed_up"),
+            "target_speed_up": run.get("target_speed_up"),
             "flops_speed_up": policy["flops_speed_up"],
             "latency_speed_up": policy.get("latency_speed_up"),
         }

@@ -58,7 +58,7 @@ def tiny_pipeline() -> GamlTextClassificationPipeline:
     with tempfile.TemporaryDirectory() as folder:
         vocabulary = Path(folder) / "vocab.txt"
         vocabulary.write_text("\n".join(VOCABULARY), encoding="utf-8")
-        tokenizer = BertTokenizer(str(vocabulary), model_max_length=LONGEST)
+        tokenizer = BertTokenizer(str(vocabulary), model_max_length=LONGEST, split_special_tokens=True)
     config = GamlBertConfig(
         vocab_size=len(VOCABULARY),
         hidden_size=32,

@@ -172,11 +172,22 @@ def test_exits_start_at_the_regression_of_scikit_learn(norm, num_labels):
         x = states[:, i]
         if norm == "layer":
             x = F.layer_norm(x, (16,))
-        x = (x - x.mean(0)) / x.std(0, correction=0)
+        x = (x - x.mean(0)) / (x.std(0, correction=0) + 1e-30)
         fit = LogisticRegression(C=INVERSE_REGULARIZATION, max_iter=500).fit(x.numpy(), labels.numpy())
         ours = model._classify(i + 1, states[:, i]).softmax(-1)
         assert_close(ours.double(), torch.tensor(fit.predict_proba(x.numpy())).double(), atol=2e-3, rtol=0)
         assert (ours.argmax(-1) == labels).float().mean() > 0.9
+
+
+def test_a_feature_that_hardly_varies_is_not_blown_up():
+    """Some features of a pre-trained encoder are constant but for rounding."""
+    model = make_model(num_labels=2, exit_norm="none").eval()
+    torch.manual_seed(2)
+    labels = torch.arange(60) % 2
+    states = torch.randn(60, LAYERS, 16) + labels[:, None, None]
+    states[..., 3] = 1e-30 * (labels[:, None] * 2.0 - 1)
+    warm_start(model, states, labels)
+    assert max(exit_.weight.abs().max() for exit_ in model.exit_classifiers.values()) < 100
 
 
 def test_a_class_that_no_row_has_is_unlikely_and_one_class_alone_starts_nothing():

@@ -153,6 +153,16 @@ def test_the_saved_tokenizer_forgets_the_last_call(model, tokenizer, tmp_path):
     assert (saved.get_vocab(), tokenizer.backend_tokenizer.truncation["max_length"]) == (tokenizer.get_vocab(), 4)
 
 
+@mark.parametrize("split", [True, False])
+def test_the_saved_tokenizer_keeps_how_it_reads(model, tokenizer, tmp_path, split):
+    """Upstream saves `split_special_tokens` only where it was given to `from_pretrained`."""
+    tokenizer.split_special_tokens, tokenizer.model_max_length = split, 9
+    folder = save_checkpoint(model, tokenizer, tmp_path / "checkpoint")
+    loaded = AutoTokenizer.from_pretrained(folder)
+    assert (loaded.split_special_tokens, loaded.model_max_length) == (split, 9)
+    assert loaded("good [SEP]") == tokenizer("good [SEP]")
+
+
 @mark.parametrize("umask", [0o022, 0o027])
 def test_every_file_has_the_mode_of_the_umask(model, tokenizer, tmp_path, umask):
     before = os.umask(umask)
@@ -415,6 +425,39 @@ def test_card_says_what_was_measured(model):
     assert text.index("1.50x") < text.index("| 1.95x")  # the curve, slowest first
     for part in ("0.7778", "nan", "None", "max_steps"):
         assert part not in text
+
+
+PAIR_CALL = 'classifier({"text": "A text to classify.", "text_pair": "The text beside it."})  # label'
+
+
+def test_card_shows_the_call_that_the_model_takes(model):
+    one, two = (render_card(model.config, text_columns=columns) for columns in (["review"], ["premise", "hypothesis"]))
+    assert 'classifier("A text to classify.")  # label' in one
+    assert "- Trained on the column `review`\n" in one
+    assert PAIR_CALL in two
+    assert "- Trained on the column `premise` and the column `hypothesis`, a pair of texts\n" in two
+    assert 'classifier("A text' not in two
+
+
+@mark.parametrize(
+    ("target", "missed"), [(None, False), ([1.8, 2.1], False), ([2.0, 2.1], True), ([1.5, 1.9], True)], ids=str
+)
+def test_card_says_where_the_wanted_speed_up_was_missed(model, target, missed):
+    text = render_card(model.config, **MEASURED, chosen_on_speed_up=1.99, target_speed_up=target)
+    assert "chosen on rows set aside, where it gave 1.99x." in text
+    sentence = "**The wanted speed-up, {:.2f}x to {:.2f}x, was missed.**".format(*target or (0, 0))
+    assert (sentence in text) == ("missed" in text) == missed
+
+
+def test_card_says_how_long_a_text_may_be(model, tokenizer, tmp_path):
+    limit = model.config.max_position_embeddings
+    tokenizer.model_max_length = 12
+    text = (save_checkpoint(model, tokenizer, tmp_path / "short") / "README.md").read_text()
+    assert f"- A text is cut to 12 tokens; `max_length` in a call changes that, up to {limit}\n" in text
+    assert "At most\n  12 tokens of a text are read.\n" in text
+    tokenizer.model_max_length = 10**30
+    text = (save_checkpoint(model, tokenizer, tmp_path / "long") / "README.md").read_text()
+    assert f"- A text is cut to {limit} tokens\n" in text
 
 
 def test_card_metadata(model):

@@ -334,6 +334,35 @@ def test_live_is_replay_in_every_context(context, make, batch):
     assert (live.exit_layer == replayed.exit_layer).float().mean() > 0.8
 
 
+HOOKS = {
+    "register_forward_hook": lambda seen: lambda layer, args, output: seen.append(output),
+    "register_forward_pre_hook": lambda seen: lambda layer, args: seen.append(args[0]),
+}
+
+
+@mark.parametrize("register", HOOKS)
+def test_a_hook_on_a_layer_fires_whatever_leaves(register, make, batch):
+    """With the states of all rows, as in a stock BERT; and the answers are the same."""
+    model, policy, seen = make(), Patience(1), []
+    with torch.no_grad():
+        expected = model(**batch, exit_policy=policy)
+        states = model(**batch, output_hidden_states=True).hidden_states  # by hooks that stay, and do not count
+        hooks = [getattr(layer, register)(HOOKS[register](seen)) for layer in model.bert.encoder.layer]
+        watched = model(**batch, exit_policy=policy)
+        for hook in hooks:
+            hook.remove()
+        again = model(**batch, exit_policy=policy)
+    assert len(seen) == len(hooks)
+    for state, expected_state in zip(
+        seen, states[1:] if register == "register_forward_hook" else states, strict=False
+    ):
+        assert_close(state, expected_state)
+    assert watched.exit_layer.equal(expected.exit_layer)
+    assert_close(watched.logits, expected.logits, atol=1e-5, rtol=1e-5)
+    assert again.exit_logits is None  # rows leave early again
+    assert again.logits.equal(expected.logits)
+
+
 def test_calibration_is_for_inference_alone(make, batch):
     no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     model, plain = make(exit_temperatures=[2, 1.0, 0.5, 4.0], **no_dropout), make(**no_dropout)

@@ -341,7 +341,7 @@ ARGUMENT_ERRORS = [
     ({"padding": "left"}, "`padding` must be one of"),
     ({"split_special_tokens": "no"}, "`split_special_tokens` must be one of True, False"),
     ({"max_length": 4}, "`max_length` must be a whole number between 5 and 64"),
-    ({"max_length": 65}, "Got `max_length=65`"),
+    ({"max_length": 65}, "this model can read (`max_position_embeddings`). Got `max_length=65`"),
     ({"max_length": 9.0}, "Got `max_length=9.0`"),
     ({"top_k": ""}, "Got `top_k=''`"),
     ({"top_k": 2.0}, "Got `top_k=2.0`"),
@@ -591,16 +591,15 @@ LENGTHS = [
 ]
 
 
-@mark.parametrize("max_length", [5, 6, 63, 64])
-def test_a_long_pair_is_cut_as_the_tokenizer_cuts_it(classifier, tokenizer, max_length):
+@mark.parametrize(("max_length", "split"), [(5, True), (6, True), (63, False), (64, True)])
+def test_a_long_pair_is_cut_as_the_tokenizer_cuts_it(classifier, tokenizer, max_length, split):
     """Words of one token and of many, and none that ends where the text is cut before."""
+    tokenizer.split_special_tokens = split
     words = random.Random(0).choices([*WORDS, "dulls", "goodlyest", "x" * 120, "a.b,c!", "[SEP]", "e\u0301"], k=901)
     for first, second in LENGTHS:
         row = {"text": " ".join(words[:first]), "text_pair": " ".join(words[::-1][:second])}
         encoding = classifier.preprocess(row, max_length=max_length)
-        expected = tokenizer(
-            **row, truncation=True, max_length=max_length, split_special_tokens=True, return_tensors="pt"
-        )
+        expected = tokenizer(**row, truncation=True, max_length=max_length, return_tensors="pt")
         for name in ("input_ids", "token_type_ids", "attention_mask"):
             assert encoding[name].equal(expected[name]), (first, second)
         assert encoding["about"]["truncated"]
@@ -615,12 +614,17 @@ def test_the_memory_of_a_long_pair(classifier):
 
 @mark.parametrize(("tokenizer_limit", "limit"), [(10**30, 64), (20, 20)])
 def test_the_longest_input_is_the_tokenizers_or_the_models(model, tokenizer, tokenizer_limit, limit):
+    whole = GamlTextClassificationPipeline(model=model, tokenizer=tokenizer)("good " * 40)[0]
     tokenizer.model_max_length = tokenizer_limit
     classifier = GamlTextClassificationPipeline(model=model, tokenizer=tokenizer)
     answers = classifier(["good " * (limit - 2), "good " * (limit - 1)])
     assert [answer["truncated"] for answer in answers] == [False, True]
-    with raises(ValueError, match=f"`inputs`: the text has {limit + 1} tokens, and the model reads at most {limit}"):
+    with raises(ValueError, match=f"`inputs`: the text has {limit + 1} tokens, and at most {limit} are read"):
         classifier("good " * (limit - 1), truncation=False)
+    # The tokenizer's is a default: a call may read more, up to what the model can.
+    assert classifier("good " * 40, max_length=42)[0] == {**whole, "truncated": False}
+    with raises(ValueError, match="the text has 42 tokens, and at most 41 are read.*or give `max_length`, up to 64"):
+        classifier("good " * 40, truncation=False, max_length=41)
     assert classifier("good " * (limit - 2), truncation="do_not_truncate") == [answers[0]]
 
 
@@ -631,20 +635,38 @@ def test_a_text_that_cannot_be_cut_as_asked_is_a_bad_row(classifier):
     assert answers[1]["score"] == approx(classifier("fine")[0]["score"], abs=1e-6)
 
 
-def test_control_tokens_in_a_text_are_text(classifier):
+def test_control_tokens_in_a_text_are_what_the_tokenizer_says(classifier):
     text = "good [SEP] [MASK] film [CLS]"
+    stock = TextClassificationPipeline(model=classifier.model, tokenizer=classifier.tokenizer, device="cpu")
+    assert without_exits(classifier(text)) == stock(text)  # which knows no other setting
+    as_text = classifier(text, split_special_tokens=True)
+    classifier.tokenizer.split_special_tokens = True
+    assert classifier(text) == as_text
+    assert without_exits(as_text) == stock(text)
     ids = classifier.preprocess(text)["input_ids"][0].tolist()
     cls, sep, mask = classifier.tokenizer.convert_tokens_to_ids(["[CLS]", "[SEP]", "[MASK]"])
     assert (ids[0], ids[-1]) == (cls, sep)
     assert {cls, sep, mask}.isdisjoint(ids[1:-1])
-    stock = TextClassificationPipeline(model=classifier.model, tokenizer=classifier.tokenizer, device="cpu")
-    assert classifier(text)[0]["score"] != approx(stock(text)[0]["score"], abs=1e-6)
-    assert without_exits(classifier(text, split_special_tokens=False)) == stock(text)
+    as_control = classifier(text, split_special_tokens=False)
+    assert as_control[0]["score"] != approx(as_text[0]["score"], abs=1e-6)
+    classifier.tokenizer.split_special_tokens = False
+    assert classifier(text) == as_control
+
+
+def test_special_tokens_of_ones_own_are_read_as_in_training(model, tokenizer):
+    """The tokenizer's plain call is what a training saw."""
+    tokenizer.add_tokens(["<price>"], special_tokens=True)
+    model.resize_token_embeddings(len(tokenizer))
+    row = {"text": "good <price> film", "text_pair": "<price> [SEP]"}
+    inputs = GamlTextClassificationPipeline(model=model, tokenizer=tokenizer).preprocess(row)
+    assert inputs["input_ids"].equal(tokenizer(**row, return_tensors="pt")["input_ids"])
+    assert (inputs["input_ids"] == tokenizer.convert_tokens_to_ids("<price>")).sum() == 2
 
 
 @mark.parametrize("token", ["[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]", "[SEP] [PAD] [PAD]"])
 def test_a_control_token_changes_no_mask_and_no_segment(classifier, token):
     """The same tokens as for a word in brackets that the vocabulary does not hold."""
+    classifier.tokenizer.split_special_tokens = True
     rows = [f"good {token} film", {"text": f"{token} good", "text_pair": f"dull {token}"}]
     plain = [
         {"text": row} if isinstance(row, str) else row

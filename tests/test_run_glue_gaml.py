@@ -15,12 +15,15 @@ from datasets import ClassLabel, Dataset, Features, Value
 from huggingface_hub import snapshot_download
 from pytest import approx, fixture, mark, raises
 from sklearn.utils.class_weight import compute_class_weight
-from transformers import BertConfig, BertModel, pipeline
+from transformers import AutoTokenizer, BertConfig, BertModel, pipeline
 
+import gaml_score
 import run_glue_gaml
 from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification
 from gaml_hf.glue import GLUE_TASKS
+from gaml_hf.handler import EndpointHandler
 from gaml_hf.hub import check_checkpoint, save_checkpoint
+from gaml_hf.ort import export_onnx
 from gaml_hf.scoring import ClassifierLoader, score_file
 
 
@@ -94,6 +97,14 @@ def test_train_evaluate_predict_and_use(common, files, tmp_path, capsys):
     results = json.loads((out / "eval_results.json").read_text())
     assert results["eval_exit_4"] == evaluation["exits"][4]["combined_score"]
     assert results["eval_speed_up"] == evaluation["policy"]["speed_up"]
+    assert "validation: 40 rows, cut to 64 tokens" in printed
+    assert "wanted: 1.00x to 4.00x layers (policy chosen on rows set aside, where it gave " in printed
+    told = (out / "README.md").read_text() + (out / "run.json").read_text()
+    assert '"None"' not in told
+    assert "| None |" not in told
+    assert "missed" not in printed + told
+    assert "- A text is cut to 64 tokens\n" in told
+    assert "| `max_seq_length` | 64 |" in told
 
     check_checkpoint(out)
     assert {"depth_score.png", "speed_score.png", "README.md", "run.json"} <= {path.name for path in out.iterdir()}
@@ -182,6 +193,65 @@ def test_rows_of_a_file_stay_in_their_order(common, tokenizer, bert_kwargs, tmp_
     assert len({answer["label"] for answer in answers}) > 1
 
 
+READINGS = {
+    "by default": ([], True),
+    "as control tokens": (["--split_special_tokens", "False"], False),
+    "with a token of one's own": (["--tokenizer_name", "own"], False),
+}
+
+
+@mark.parametrize("reading", READINGS)
+def test_a_model_is_served_as_it_was_scored(common, files, tokenizer, tmp_path, monkeypatch, reading):
+    """The length and the reading of special tokens: of script, pipeline, handler, gaml-score and an ONNX export."""
+    words, split = READINGS[reading]
+    monkeypatch.chdir(tmp_path)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["plot"]})  # in the vocabulary already
+    tokenizer.save_pretrained("own")
+    texts = [
+        "the film is [MASK] [SEP] good .",
+        "the film is good [SEP] [PAD] awful .",
+        "bad plot [CLS] good",
+        "the film is a story of a scene and the actor is so good .",
+    ]
+    test = write_csv(tmp_path / "odd.csv", [{"sentence": text} for text in texts])
+    words = [*common, *with_files(files, "train"), "--test_file", test, "--do_train", "--do_predict", *words]
+    run_glue_gaml.main([*words, "--max_steps", "2", "--patience", "1", "--max_seq_length", "9"])
+
+    out = tmp_path / "out"
+    with (out / "predictions_test.tsv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    expected = [(row["prediction"], approx(float(row["score"]), abs=2e-6), int(row["exit_layer"])) for row in rows]
+
+    def served(answers):
+        return [(answer["label"], answer["score"], answer["exit_layer"]) for answer in answers]
+
+    classifier = pipeline("text-classification", model=str(out), trust_remote_code=True, device="cpu")
+    tokens = classifier.tokenizer
+    assert (tokens.model_max_length, tokens.split_special_tokens) == (9, split)
+    answers = classifier(texts)
+    assert served(answers) == expected
+    assert answers[3]["truncated"]
+    classifier.save_pretrained("resaved")
+    for folder in (out / "checkpoint-2", "resaved"):  # saved by the Trainer; loaded and saved again
+        again = AutoTokenizer.from_pretrained(folder)
+        assert (again.model_max_length, again.split_special_tokens) == (9, split)
+    # A call may override both, and they matter.
+    assert served(classifier(texts[3], max_length=64)) != expected[3:]
+    assert served(classifier(texts, split_special_tokens=not split))[:3] != expected[:3]
+
+    assert served(EndpointHandler(str(out))({"inputs": texts})) == expected
+    export_onnx(GamlBertForSequenceClassification.from_pretrained(out), tmp_path / "onnx", tokenizer=tokens)
+    for name, more in (("out", ["--device", "cpu"]), ("onnx", ["--onnx"])):
+        command = ["--model", name, "--input", test, "--text_columns", "sentence", "--output", f"{name}.jsonl", *more]
+        assert gaml_score.main(command) == 0
+        assert served(map(json.loads, Path(f"{name}.jsonl").read_text().splitlines())) == expected
+
+    # A script that is not told otherwise goes on with what the checkpoint says.
+    words = [*common, "--model_name_or_path", str(out), *with_files(files, "train"), "--test_file", test]
+    run_glue_gaml.main([*words, "--do_predict", "--output_dir", str(tmp_path / "again")])
+    assert (tmp_path / "again" / "predictions_test.tsv").read_text() == (out / "predictions_test.tsv").read_text()
+
+
 def test_recipe_file_and_command_line_override(common, files, tmp_path):
     recipe = {
         "model_name_or_path": common[1],
@@ -241,6 +311,38 @@ def test_resume_continues_bit_for_bit(common, files, tmp_path):
     assert all((whole[key] == resumed[key]).all() for key in whole)
 
 
+def test_resuming_a_finished_run_keeps_its_time_and_loss(common, files, tmp_path):
+    out = tmp_path / "out"
+    words = [*common, *with_files(files, "train", "validation"), "--do_train", "--patience", "1"]
+    words += "--early_stopping_patience 0 --num_train_epochs 2 --save_total_limit 5".split()
+    first = run_glue_gaml.main(words)
+    assert first["train_metrics"]["train_steps"] == first["global_step"] == 18
+    assert min(first["train_metrics"][name] for name in ("train_loss", "train_runtime")) > 0
+    saved = (out / "train_results.json").read_text()
+
+    again = run_glue_gaml.main([*words, "--do_eval", "--resume_from_checkpoint", "True"])
+    assert (out / "train_results.json").read_text() == saved
+    on_disk = json.loads((out / "run.json").read_text())
+    for run in (again, on_disk):
+        assert run["train_metrics"] == first["train_metrics"]
+        assert run["log_history"] == first["log_history"]
+        assert run["global_step"] == 18
+    assert on_disk["evaluation"]
+
+    (out / "run.json").unlink()  # as if killed before it was written: unknown, not 0
+    again = run_glue_gaml.main([*words, "--resume_from_checkpoint", "True"])
+    assert "train_metrics" not in again
+    assert again["log_history"] == first["log_history"][:-1]
+    assert "| `learning_rate` | 0.002 |" in (out / "README.md").read_text()
+
+    # Of a part, the figures are those of that part.
+    words = [*words, "--resume_from_checkpoint", str(out / "checkpoint-9"), "--output_dir", str(tmp_path / "part")]
+    part = run_glue_gaml.main(words)
+    assert part["train_metrics"]["train_steps"] == 9
+    losses = [entry["loss"] for entry in first["log_history"] if "loss" in entry and entry["step"] > 10]
+    assert part["train_metrics"]["train_loss"] == approx(np.mean(losses), rel=0.2)
+
+
 def test_a_run_started_anew_forgets_the_checkpoints_of_the_old_one(common, files, tmp_path):
     """Or a resume after a kill could go on with them."""
     words = [*common, *with_files(files, "train"), "--do_train", "--overwrite_output_dir", "--max_steps", "2"]
@@ -267,8 +369,19 @@ def test_other_formats_pairs_and_many_classes(common, tmp_path, suffix):
     words = [*common, "--train_file", str(path), "--validation_file", str(path), "--do_train", "--do_eval"]
     run = run_glue_gaml.main([*words, "--num_train_epochs", "1", "--exit_strategy", "entropy"])
     assert run["config"]["id2label"] == {0: "2", 1: "5", 2: "10"}
+    assert run["columns"]["text"] == ["premise", "hypothesis"]
+    assert '{"text": "A text to classify.", "text_pair": ' in (tmp_path / "out" / "README.md").read_text()
     assert run["config"]["exit_strategy"] == "entropy"
     assert run["data_arguments"]["text_columns"] is None  # both text columns were found
+
+
+def test_a_speed_up_that_no_policy_reaches_is_told(common, files, tmp_path, capsys):
+    words = [*common, *with_files(files, "train", "validation"), "--do_train", "--do_eval", "--max_steps", "2"]
+    run = run_glue_gaml.main([*words, "--exit_strategy", "budgeted", "--target_speed_up", "2.5", "3.5"])
+    assert run["chosen"]["speed_up"] in (2, 4)  # of 4 layers
+    assert "wanted: 2.50x to 3.50x layers: missed (policy chosen on rows set aside, " in capsys.readouterr().out
+    assert "**The wanted speed-up, 2.50x to 3.50x, was missed.**" in (tmp_path / "out" / "README.md").read_text()
+    assert run["target_speed_up"] == [2.5, 3.5]
 
 
 def test_glue_task_from_a_local_folder(common, glue_folder):
@@ -507,6 +620,12 @@ def test_what_is_wrong_is_told_in_a_sentence(common, files, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["run_glue_gaml.py", *words])
     with raises(ValueError, match="invalid literal"):
         run_glue_gaml.command()
+
+
+@mark.parametrize("length", [4, 65])
+def test_a_length_that_the_model_cannot_read(common, files, length):
+    with raises(ValueError, match=f"`max_seq_length` must lie between 5 and 64, .* Got {length}"):
+        run_glue_gaml.main([*common, *with_files(files, "train"), "--do_train", "--max_seq_length", str(length)])
 
 
 def test_a_policy_cannot_be_chosen_without_rows(common, files):

@@ -1,9 +1,15 @@
 """Many rows: the plain pipeline's answers in the order of the rows, whatever the file, the window and the bad rows."""
 
 import csv
+import inspect
 import itertools
 import json
+import multiprocessing
+import os
 import random
+import signal
+import subprocess
+import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,9 +17,10 @@ import torch
 from datasets import Dataset, IterableDataset
 from pytest import approx, fixture, mark, raises
 
-from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification
+from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification, scoring
 from gaml_hf.ort import export_onnx
-from gaml_hf.scoring import ClassifierLoader, main, score_file, score_rows
+from gaml_hf.scoring import ClassifierLoader, score_file, score_rows
+from gaml_score import main, make_parser
 
 
 WORDS = "film movie story plot actor scene good great bad awful dull funny sad fine very too so not never".split()
@@ -274,7 +281,46 @@ def test_an_interrupted_run_leaves_the_old_file(classifier, tmp_path, monkeypatc
             progress=False,
         )
     assert (tmp_path / target).read_text() == "old"
-    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == [target]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", target]
+
+
+@mark.parametrize("target", ["out.csv", "out.jsonl", "out.parquet"])
+def test_the_next_run_takes_away_what_a_killed_one_left(classifier, tmp_path, monkeypatch, target):
+    def scored(forward):
+        monkeypatch.setattr(classifier, "_forward", forward)
+        score_file(Dataset.from_dict({"text": TEXTS}), tmp_path / target, lambda: classifier, progress=False)
+
+    answer = classifier._forward
+    killed = multiprocessing.get_context("fork").Process(
+        target=scored, args=(lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL),)
+    )
+    killed.start()
+    killed.join(60)
+    assert killed.exitcode == -signal.SIGKILL
+    assert len(list(tmp_path.glob(".*"))) == 1
+    scored(answer)
+    assert list(tmp_path.glob(".*")) == []
+    assert len(read(tmp_path / target)) == len(TEXTS)
+
+
+def test_the_bar_moves_within_a_window(classifier, tmp_path, monkeypatch):
+    bars, seen, answer = [], [], classifier._forward
+
+    class Bar(scoring.tqdm):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            bars.append(self)
+
+    def spy(*args, **kwargs):
+        seen.append(bars[0].n)
+        return answer(*args, **kwargs)
+
+    monkeypatch.setattr(scoring, "tqdm", Bar)
+    monkeypatch.setattr(classifier, "_forward", spy)
+    rows = Dataset.from_dict({"text": TEXTS})
+    score_file(rows, tmp_path / "out.csv", lambda: classifier, batch_size=8)
+    assert seen == [0, 8, 16]
+    assert (bars[0].n, bars[0].total) == (23, 23)
 
 
 def command(folder, source, target, *more):
@@ -308,18 +354,76 @@ def test_the_command_line_runs_an_export(folder, classifier, tmp_path, capsys):
         assert (prediction["label"], prediction["exit_layer"]) == (answer["label"], 2)
 
 
+def test_the_command_line_prepacks(folder, classifier, tmp_path, monkeypatch):
+    packed, prepack = [], GamlBertForSequenceClassification.prepack
+
+    def spy(model):
+        packed.append(model)
+        return prepack(model)
+
+    monkeypatch.setattr(GamlBertForSequenceClassification, "prepack", spy)
+    source, target = write(tmp_path / "in.csv", TEXTS), tmp_path / "out.jsonl"
+    assert command(folder, source, target, "--prepack", "--patience", "1") == 0
+    assert len(packed) == 1
+    assert_answers(read(target), one_by_one(classifier, TEXTS, **PATIENCE))
+
+
+def test_every_option_tells_its_default():
+    actions = {action.dest: action for action in make_parser()._actions if action.dest != "help"}
+    parameters = inspect.signature(score_file).parameters
+    for name, action in actions.items():
+        assert action.required or "(default: " in action.help, name
+        if name in ("batch_size", "window", "num_proc", "on_error", "text_columns"):
+            default = parameters[name].default
+            assert action.default == (list(default) if name == "text_columns" else default), name
+            assert action.default == ["text"] or "(default: %(default)s)" in action.help
+
+
+WRONG_MODELS = {
+    "/no/where": "no folder here; and from the Hub: Repo id must ",
+    "out/modle": "no folder here; and from the Hub: ",
+    ".": "a folder without `config.json`",
+    "in.csv": "which is no folder",
+    "out/modle --onnx": "which is not there",
+}
+
+
+def test_a_wrong_model_is_told_before_anything_heavy_is_imported(tmp_path):
+    """PyTorch and Transformers take seconds."""
+    (tmp_path / "in.csv").write_text("text\ngood\n")
+    code = f"""
+import contextlib, io, sys, gaml_score
+for words in {[name.split() for name in WRONG_MODELS]}:
+    with contextlib.redirect_stderr(io.StringIO()) as told, contextlib.suppress(SystemExit):
+        gaml_score.main(["--input", "in.csv", "--output", "out.csv", "--model", *words])
+    print(told.getvalue().splitlines()[-1])
+print(sorted({{"torch", "transformers", "datasets", "gaml_hf"}} & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    *told, imported = done.stdout.splitlines()
+    for name, line, reason in zip(WRONG_MODELS, told, WRONG_MODELS.values(), strict=True):
+        assert line.startswith("gaml-score: error: `--model` must be a checkpoint folder")
+        assert f"Got `{name.split()[0]}`, {reason}" in line
+    assert imported == "[]"
+
+
 @mark.parametrize(
     ("more", "message"),
     [
-        (["--output", "out.txt"], "`target` must end in .csv, .jsonl or .parquet"),
-        (["--input", "in.txt"], "`source` must end in .csv, .tsv, .json, .jsonl, .parquet"),
-        (["--input", "none.csv"], "which is not there"),
-        (["--text_columns", "txt"], "`text_columns` must name columns out of ['id', 'text']. Got 'txt'."),
-        (["--text_columns", "a", "b", "c"], "`text_columns` must be a list of one or two columns"),
-        (["--batch_size", "0"], "`batch_size` must be a whole number of at least 1. Got `batch_size=0`."),
-        (["--window", "0"], "`window` must be a whole number of at least 1"),
-        (["--num_proc", "0"], "`num_proc` must be a whole number of at least 1"),
-        (["--patience", "0"], "`patience` must be a whole number of at least 1"),
+        (["--output", "out.txt"], "`--output` must end in .csv, .jsonl or .parquet"),
+        (["--output", "in.csv"], "`--output` must not be `--input`, whose rows it would replace"),
+        (["--input", "in.txt"], "`--input` must end in .csv, .tsv, .json, .jsonl, .parquet"),
+        (["--input", "none.csv"], "`--input` must be a file. Got `none.csv`, which is not there."),
+        (["--text_columns", "txt"], "`--text_columns` must name columns out of ['id', 'text']. Got 'txt'."),
+        (["--text_columns", "a", "b", "c"], "`--text_columns` must be a list of one or two columns"),
+        (["--batch_size", "0"], "`--batch_size` must be a whole number of at least 1. Got `--batch_size=0`."),
+        (["--window", "0"], "`--window` must be a whole number of at least 1"),
+        (["--num_proc", "0"], "`--num_proc` must be a whole number of at least 1"),
+        (["--patience", "0"], "`--patience` must be a whole number of at least 1"),
+        (["--max_length", "65"], "`--max_length` must be a whole number between 5 and 64"),
+        (["--onnx"], "`--model` must be a folder written by `gaml_hf.ort.export_onnx`"),
+        (["--onnx", "--prepack"], "`--prepack` is for a checkpoint"),
+        (["--prepack", "--device", "cuda"], "`--device` must be cpu with `--prepack`. Got `--device cuda`."),
         (["--exit_threshold", "0.5"], "name the strategy you want"),
         (["--on_error", "raise"], "Row 1: `text` must hold more than blanks"),
     ],
@@ -328,11 +432,12 @@ def test_the_command_line_runs_an_export(folder, classifier, tmp_path, capsys):
 def test_errors_of_the_command_line(folder, tmp_path, monkeypatch, capsys, more, message):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "in.csv", ["a good film", " "])
+    (tmp_path / "in.txt").touch()
     with raises(SystemExit) as exit_:
         command(folder, "in.csv", "out.csv", *more)
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["in.csv"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.csv", "in.txt", "model"]
 
 
 @mark.parametrize(

@@ -106,6 +106,16 @@ def test_what_is_shown_is_what_the_pipeline_does(app, folder, strategy, speed):
     assert "<b>fine</b>" not in bars + table  # a label is text, not HTML
 
 
+@mark.parametrize("split", [True, False])
+def test_the_exits_read_what_the_pipeline_reads(app, folder, split):
+    viewer = app.Viewer(str(folder))
+    tokenizer = viewer.classifier.tokenizer
+    tokenizer.model_max_length, tokenizer.split_special_tokens = 8, split
+    for row in ({"text": "good [SEP] film"}, {"text": "[MASK] " * 9, "text_pair": "a good film"}):
+        for layer, probabilities in enumerate(viewer.exit_probabilities(row), start=1):
+            assert max(probabilities) == approx(viewer.classifier(row, budgeted_exit=layer)["score"], abs=1e-5)
+
+
 def test_a_blank_text_gets_a_message(app, folder):
     import gradio
 

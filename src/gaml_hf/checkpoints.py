@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from uuid import uuid4
 
+from tokenizers import Tokenizer
 from transformers.utils import logging
 
 from .checksums_gaml import verify_checksum, weight_files
@@ -45,6 +46,26 @@ def staging_folder(beside: Path) -> Path:
     stage = beside / f".saving-{platform.node()}-{os.getpid()}-{uuid4().hex}"
     stage.mkdir(parents=True)
     return stage
+
+
+def save_tokenizer(tokenizer, folder: Path) -> None:
+    """
+    Save a tokenizer as it is used, which its own `save_pretrained` does not do:
+
+    - `split_special_tokens` is written as the attribute says; upstream, only if it was given to `from_pretrained`.
+    - `tokenizer.json` forgets truncation and padding: they are those of whatever call came last, and a program that
+      reads the file without Transformers would cut every text by them.
+    """
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) | {"split_special_tokens": tokenizer.split_special_tokens}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    path = folder / "tokenizer.json"
+    if path.exists():  # else a tokenizer in Python alone
+        backend = Tokenizer.from_file(str(path))
+        backend.no_truncation()
+        backend.no_padding()
+        backend.save(str(path))
 
 
 def explain_full_disk(error: Exception, folder: Path, needed: int) -> str | None:

@@ -13,6 +13,8 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
+from .exits_gaml import inverse_deviation
+
 
 NUM_ROWS = 1000  # of the pass
 LEAST_VARIATION = 0.05  # below which an exit's input is nearly the same for every text
@@ -89,8 +91,8 @@ def warm_start(model: nn.Module, states: Tensor, labels: Tensor, exit_layers: It
         if exit_layers is not None and m not in exit_layers:
             continue
         x = model.scale_exit_state(m, states[:, i]).double()
-        mean, deviation = x.mean(dim=0), x.std(dim=0, correction=0)
-        deviation = torch.where(deviation > 0, deviation, 1.0)
+        # A feature that never varies, as some of a pre-trained encoder do not, must not be divided by nothing.
+        mean, deviation = x.mean(dim=0), 1 / inverse_deviation(x.var(dim=0, correction=0))
         fit = LogisticRegression(C=INVERSE_REGULARIZATION, max_iter=500)
         fit.fit(((x - mean) / deviation).cpu().numpy(), y)
         # Of two classes it has one row, the logit of the second against the first.

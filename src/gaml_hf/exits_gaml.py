@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+RELATIVE_EPS = 1e-6
+
+
 def mean_over_tokens(hidden_states: Tensor, mask: Tensor | None) -> Tensor:
     """
     Mean of each row's tokens, summed in float32 at least. What padding holds, NaN too, does not matter.
@@ -31,6 +34,14 @@ def mean_over_tokens(hidden_states: Tensor, mask: Tensor | None) -> Tensor:
     return (total / mask.sum(dim=1, keepdim=True)).to(hidden_states.dtype)
 
 
+def inverse_deviation(variance: Tensor) -> Tensor:
+    """
+    `1 / standard deviation` of each feature, finite also for one that never varies: a share of the mean variance of
+    all features, which may be far from 1, is added.
+    """
+    return (variance + RELATIVE_EPS * variance.mean()).clamp(min=torch.finfo(variance.dtype).tiny).rsqrt()
+
+
 class RunningNorm(nn.Module):
     """
     Scales each feature of an exit's input by its mean and standard deviation over the training rows.
@@ -43,8 +54,6 @@ class RunningNorm(nn.Module):
         size (`int`): number of features, `hidden_size`.
     """
 
-    eps = 1e-6  # relative to the mean variance of all features, which may be far from 1
-
     def __init__(self, size: int):
         super().__init__()
         self.register_buffer("mean", torch.zeros(size))
@@ -52,8 +61,7 @@ class RunningNorm(nn.Module):
 
     def scale(self) -> Tensor:
         """`1 / standard deviation` of each feature, `(hidden_size,)`, in float32."""
-        variance = self.variance.float()
-        return (variance + self.eps * variance.mean()).clamp(min=torch.finfo(torch.float32).tiny).rsqrt()
+        return inverse_deviation(self.variance.float())
 
     def forward(self, state: Tensor) -> Tensor:
         return ((state - self.mean) * self.scale()).to(state.dtype)

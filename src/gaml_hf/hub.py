@@ -24,11 +24,10 @@ from huggingface_hub import (
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from safetensors import SafetensorError, safe_open
-from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 from transformers.dynamic_module_utils import get_relative_imports
 
-from .checkpoints import SEAL, explain_full_disk, staging_folder
+from .checkpoints import SEAL, explain_full_disk, save_tokenizer, staging_folder
 from .checksums_gaml import verify_checksum, weight_files
 from .configuration_gaml_bert import GamlBertConfig
 from .evaluation import OperatingPoint
@@ -114,8 +113,9 @@ def save_checkpoint(model, tokenizer, folder: str | os.PathLike, *, card: Mappin
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): its tokenizer.
         folder (`str` or `os.PathLike`): where to; made if it is not there.
         card (`dict`, *optional*):
-            Keyword arguments of [`render_card`]; `figures` is filled in from the folder. Without it, a `README.md`
-            that is already there stays, and a new folder gets a card of what the config knows.
+            Keyword arguments of [`render_card`]; `figures` is filled in from the folder, `max_length` from the
+            tokenizer. Without it, a `README.md` that is already there stays, and a new folder gets a card of what the
+            config knows.
 
     Returns:
         `Path`: the folder.
@@ -130,11 +130,11 @@ def save_checkpoint(model, tokenizer, folder: str | os.PathLike, *, card: Mappin
     stage = staging_folder(folder if exists else folder.parent)
     try:
         model.save_pretrained(stage)
-        tokenizer.save_pretrained(stage)
-        _forget_last_call(stage / "tokenizer.json")
+        save_tokenizer(tokenizer, stage)
         if card is not None or not (folder / "README.md").exists():
             figures = [name for name in FIGURES if (folder / name).exists()]
-            values = {"figures": figures} | dict(card or {})
+            length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
+            values = {"figures": figures, "max_length": length} | dict(card or {})
             text = render_card(model.config, **values | {"model_name": values.get("model_name") or folder.name})
             (stage / "README.md").write_text(text, encoding="utf-8")
         if problems := _problems(stage):
@@ -154,18 +154,6 @@ def save_checkpoint(model, tokenizer, folder: str | os.PathLike, *, card: Mappin
     finally:
         shutil.rmtree(stage, ignore_errors=True)
     return folder
-
-
-def _forget_last_call(path: Path) -> None:
-    """
-    Take truncation and padding out of a `tokenizer.json`: they are those of whatever call came last, and a program
-    that reads the file without Transformers would cut every text by them.
-    """
-    if path.exists():  # else a tokenizer in Python alone
-        tokenizer = Tokenizer.from_file(str(path))
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        tokenizer.save(str(path))
 
 
 def _move_in(stage: Path, folder: Path) -> None:
@@ -369,9 +357,13 @@ def render_card(
     chosen: OperatingPoint | None = None,
     chosen_scores: Mapping[str, float] | None = None,
     chosen_on: str | None = None,
+    chosen_on_speed_up: float | None = None,
+    target_speed_up: Sequence[float] | None = None,
     flops_speed_up: float | None = None,
     latency_speed_up: float | None = None,
     rows: Mapping[str, int] | None = None,
+    text_columns: Sequence[str] = (),
+    max_length: int | None = None,
     baseline: tuple[str, float] | None = None,
     training_arguments: Mapping | None = None,
     seed: int | None = None,
@@ -401,9 +393,14 @@ def render_card(
         chosen ([`OperatingPoint`], *optional*): the one to use, which is the first number a reader sees.
         chosen_scores (`dict[str, float]`, *optional*): of `chosen`, where `metric_name` is the mean of several.
         chosen_on (`str`, *optional*): the rows that `chosen` was chosen on.
+        chosen_on_speed_up (`float`, *optional*): the speed-up in layers on those rows.
+        target_speed_up (`list[float]` of two numbers, *optional*):
+            The range of speed-ups that was wanted. The card says where `chosen` missed it.
         flops_speed_up (`float`, *optional*): of `chosen`, in FLOPs instead of layers.
         latency_speed_up (`float`, *optional*): of `chosen`, on the clock at batch 1 on `hardware`.
         rows (`dict[str, int]`, *optional*): how many rows were used for what.
+        text_columns (`list[str]`, *optional*): the columns of the texts; two make a model of pairs.
+        max_length (`int`, *optional*): tokens to which a text is cut.
         baseline (`tuple[str, float]`, *optional*): something to compare with: its name and score.
         training_arguments (`dict`, *optional*): those worth printing, as they come: no paths, no tokens.
         seed (`int`), date (`str`), hardware (`str`), command (`str`), *optional*: of the training run.
@@ -482,6 +479,11 @@ def render_card(
         chosen=chosen and (_policy(chosen.config_fields()), chosen.score, chosen.speed_up),
         parts=parts,
         chosen_on=chosen_on,
+        chosen_on_speed_up=chosen_on_speed_up,
+        target_speed_up=target_speed_up,
+        missed=chosen is not None and target_speed_up is not None and not chosen.within(tuple(target_speed_up)),
+        text_columns=list(text_columns),
+        max_length=max_length,
         flops_speed_up=flops_speed_up if _measured(flops_speed_up) else None,
         latency_speed_up=latency_speed_up if _measured(latency_speed_up) else None,
         baseline=baseline,

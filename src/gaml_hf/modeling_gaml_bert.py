@@ -176,7 +176,8 @@ class GamlBertForSequenceClassification(BertPreTrainedModel):
     ) -> GamlSequenceClassifierOutput:
         """
         In evaluation mode, rows leave as the exit policy decides, and layers run only for the rows still there.
-        Training, a loss, and `output_*` need every layer: then all run, and the policy's decisions are replayed.
+        Training, a loss, `output_*` and a hook on a layer need every layer: then all run, and the policy's decisions
+        are replayed.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): token ids, [CLS] first.
@@ -209,7 +210,7 @@ class GamlBertForSequenceClassification(BertPreTrainedModel):
 
         need_all = labels is not None or output_exit_logits or output_exit_states
         need_all |= output_hidden_states or output_attentions
-        if not self.training and not need_all:
+        if not self.training and not need_all and not self._is_watched():
             logits, exit_layer = self._exit_early(
                 hidden_states, attention_mask, exit_policy or policy_from_config(self.config)
             )
@@ -275,6 +276,15 @@ class GamlBertForSequenceClassification(BertPreTrainedModel):
         state = self.state_dict()
         smaller.load_state_dict({key: state[key] for key in smaller.state_dict()})
         return smaller.to(device=self.device, dtype=self.dtype).eval()
+
+    def _is_watched(self) -> bool:
+        """Whether a layer has a hook that `capture_outputs` did not put there: it fires where the layer runs whole."""
+        for layer in self.bert.encoder.layer:
+            kinds = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+            hooks = [hook for kind in kinds if kind for hook in kind.values()]
+            if any(getattr(hook, "__module__", None) != capture_outputs.__module__ for hook in hooks):
+                return True
+        return False
 
     # What another encoder of this family would have to say differently: how it embeds, and how it runs one layer.
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checkpoints import SEAL, staging_folder, why_unsealed, write_seal
+from .checkpoints import SEAL, save_tokenizer, staging_folder, why_unsealed, write_seal
 from .configuration_gaml_bert import GamlBertConfig
 from .exiting_gaml import Budgeted, ExitPolicy, policy_from_config
 from .modeling_gaml_bert import GamlBertForSequenceClassification, GamlSequenceClassifierOutput
@@ -76,7 +76,7 @@ def export_onnx(
     with _new_folder(folder) as stage:
         model.config.to_json_file(stage / "config.json")
         if tokenizer is not None:
-            tokenizer.save_pretrained(stage)
+            save_tokenizer(tokenizer, stage)
         for m, name in enumerate(segment_files(model.config)):
             graph = _layer_graph(model, m, precision) if m else _embeddings_graph(model)
             segment = onnx.helper.make_model(

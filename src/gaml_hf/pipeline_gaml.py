@@ -55,8 +55,7 @@ class GamlTextClassificationPipeline(TextClassificationPipeline):
 
     - **label** (`str`), **score** (`float`): as in the stock pipeline, from the exit at which the row left.
     - **exit_layer** (`int`): the layer at which the row left, from 1.
-    - **truncated** (`bool`, always there): whether the text was cut to the longest input, which is the least of the
-      tokenizer's `model_max_length`, the model's `max_position_embeddings` and `max_length`.
+    - **truncated** (`bool`, always there): whether the text was cut, to `max_length` tokens.
     - **error** (`str`): there only for a row left out under `on_error="skip"`; all other values are then `None`.
 
     Each of these arguments may be given here, for every call, and in a call, for that call alone:
@@ -81,11 +80,13 @@ class GamlTextClassificationPipeline(TextClassificationPipeline):
             `"softmax"`, `"sigmoid"` or `"none"`; `"default"` is softmax, for exits need one class per text.
         truncation (`bool` or `str`, *optional*, defaults to `True`):
             As the tokenizer's. With `False`, a text that is too long is an error, and its row a bad one.
-        max_length (`int`, *optional*): the longest input in tokens, at least 5; never above the model's own.
+        max_length (`int`, *optional*, defaults to the tokenizer's `model_max_length`):
+            The longest input in tokens, from 5 to the model's `max_position_embeddings`. The tokenizer of a checkpoint
+            that `run_glue_gaml.py` trained holds the length that it was trained and scored with.
         padding (`bool` or `str`, *optional*): as the tokenizer's; a batch is padded to its longest row in any case.
-        split_special_tokens (`bool`, *optional*, defaults to `True`):
-            Read "[SEP]" or "[MASK]" in a text as the characters they are. The stock pipeline (`False`) reads them as
-            control tokens, with which a text can end itself.
+        split_special_tokens (`bool`, *optional*, defaults to the tokenizer's own, as in the stock pipeline):
+            `True`: "[SEP]" or "[MASK]" in a text are the characters they are. `False`: they are control tokens, with
+            which a text can end itself. What the model was trained with is right, and stored with its tokenizer.
         batch_size, num_workers (`int`, *optional*): as in the stock pipeline.
 
     Threads may share one pipeline, whatever their settings.
@@ -138,7 +139,7 @@ class GamlTextClassificationPipeline(TextClassificationPipeline):
 
     @property
     def max_length(self) -> int:
-        """The longest input in tokens that tokenizer and model both allow."""
+        """The longest input in tokens where a call names none: the tokenizer's, as far as the model can read."""
         return min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings)
 
     # Settings
@@ -181,10 +182,11 @@ class GamlTextClassificationPipeline(TextClassificationPipeline):
             if name != "max_length":
                 _check_choice(name, value, TOKENIZER_ARGUMENTS[name])
         max_length = kwargs.get("max_length")
-        if max_length is not None and (type(max_length) is not int or not MIN_LENGTH <= max_length <= self.max_length):
+        limit = self.model.config.max_position_embeddings
+        if max_length is not None and (type(max_length) is not int or not MIN_LENGTH <= max_length <= limit):
             raise ValueError(
-                f"`max_length` must be a whole number between {MIN_LENGTH} and {self.max_length}, the longest input "
-                f"that this model and its tokenizer allow. Got `max_length={shown(max_length)}`."
+                f"`max_length` must be a whole number between {MIN_LENGTH} and {limit}, the longest input that this "
+                f"model can read (`max_position_embeddings`). Got `max_length={shown(max_length)}`."
             )
 
     def _exit_policy(self, exit_policy, **changes):
@@ -223,9 +225,10 @@ class GamlTextClassificationPipeline(TextClassificationPipeline):
             encoding, truncated = self._tokenize({"text": ""}, **tokenizer_kwargs)
         return {**encoding, "about": {"row": name, "truncated": truncated, "error": error}}
 
-    def _encode(self, texts: dict[str, str], **tokenizer_kwargs):
+    def _encode(self, texts: dict[str, str], max_length=None, **tokenizer_kwargs):
         """Tokens of a checked row. A `ValueError` if there are too many, no own ones, or some the model has not."""
-        encoding, truncated = self._tokenize(texts, **tokenizer_kwargs)
+        max_length = max_length or self.max_length
+        encoding, truncated = self._tokenize(texts, max_length=max_length, **tokenizer_kwargs)
         # Here and not in the model, where one such row would cost the batch, and on a GPU the process.
         config = self.model.config
         for name, size in (("input_ids", "vocab_size"), ("token_type_ids", "type_vocab_size")):
@@ -236,10 +239,11 @@ class GamlTextClassificationPipeline(TextClassificationPipeline):
                     "Is it the tokenizer that the model was trained with?"
                 )
         length = int(encoding["attention_mask"].sum())
-        if length > self.max_length:
+        if length > max_length:
+            limit = config.max_position_embeddings
             raise ValueError(
-                f"the text has {length} tokens, and the model reads at most {self.max_length}. Leave `truncation` at "
-                "its default, True, to cut it."
+                f"the text has {length} tokens, and at most {max_length} are read. Leave `truncation` at its default, "
+                "True, to cut it" + (f", or give `max_length`, up to {limit}." if max_length < limit else ".")
             )
         fields = ("text", "text_pair")[: len(texts)]
         if encoding.is_fast:
@@ -252,9 +256,11 @@ class GamlTextClassificationPipeline(TextClassificationPipeline):
             )
         return encoding, truncated
 
-    def _tokenize(self, texts, padding=False, truncation=True, max_length=None, split_special_tokens=True):
+    def _tokenize(self, texts, padding=False, truncation=True, max_length=None, split_special_tokens=None):
         """Tokens of one row, and whether its text was cut. Threads take turns."""
         max_length = max_length or self.max_length
+        if split_special_tokens is None:
+            split_special_tokens = self.tokenizer.split_special_tokens
         arguments = {
             "padding": padding,
             "max_length": max_length,

@@ -3,14 +3,16 @@ Predictions for many rows: a dataset or a file in, one prediction per row out, i
 
     gaml-score --model path/to/checkpoint --input rows.csv --output predictions.parquet --text_columns sentence
 
+The command line is `gaml_score.py`.
+
 Rows are read a window at a time and sorted by length inside it, so that a batch holds little padding. No more than one
 window is held in memory, however long the file.
 """
 
-import argparse
 import csv
 import json
 import os
+import shutil
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,20 +22,21 @@ from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
-from uuid import uuid4
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from datasets import Dataset, IterableDataset
+from torch.utils.data import Subset
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
+from .checkpoints import staging_folder
 from .data_files import RowFile
 from .exiting_gaml import shown
 from .modeling_gaml_bert import GamlBertForSequenceClassification
 from .ort import GamlOrtModelForSequenceClassification
-from .pipeline_gaml import EXIT_FIELDS, GamlTextClassificationPipeline
+from .pipeline_gaml import GamlTextClassificationPipeline
 
 
 WINDOW = 4096  # rows
@@ -92,13 +95,15 @@ def score_rows(
     return _score_windows(rows, classifier, text_columns, batch_size, window, on_error, arguments)
 
 
-def _score_windows(rows, classifier, text_columns, batch_size, window, on_error, arguments):
+def _score_windows(
+    rows, classifier, text_columns, batch_size, window, on_error, arguments, tell=lambda answered: None
+):
     rows, start = iter(rows), 0
     while chunk := list(islice(rows, min(window, sys.maxsize))):
         if start == 0 and (dicts := [row for row in chunk if isinstance(row, Mapping)]):
             # A stream may not know its columns before.
             _check_columns(text_columns, list(dict.fromkeys(name for row in dicts for name in row)))
-        predictions = _score_window(chunk, start, classifier, text_columns, batch_size, arguments)
+        predictions = _score_window(chunk, start, classifier, text_columns, batch_size, arguments, tell)
         for prediction in predictions:
             if on_error == "raise" and prediction["error"] is not None:
                 raise ValueError(f"Row {prediction['row']}: {prediction['error']}")
@@ -106,8 +111,10 @@ def _score_windows(rows, classifier, text_columns, batch_size, window, on_error,
         start += len(chunk)
 
 
-def _score_window(chunk, start, classifier, text_columns, batch_size, arguments) -> list[dict[str, Any]]:
-    """Predictions for the rows of `chunk`, the first of which has the number `start`."""
+def _score_window(
+    chunk, start, classifier, text_columns, batch_size, arguments, tell=lambda answered: None
+) -> list[dict[str, Any]]:
+    """Predictions for the rows of `chunk`, the first of which has the number `start`, each told as it comes."""
     inputs, predictions = {}, [{}] * len(chunk)
     for i, row in enumerate(chunk):
         if isinstance(row, Mapping):
@@ -115,15 +122,18 @@ def _score_window(chunk, start, classifier, text_columns, batch_size, arguments)
         else:
             error = f"a row must be a dict of columns. Got {shown(row)}."
             predictions[i] = dict.fromkeys(SCHEMA.names) | {"row": start + i, "error": error}
+            tell(1)
     # Characters stand in for tokens, which would cost a second pass of the tokenizer.
     order = sorted(inputs, key=lambda i: sum(len(t) for t in inputs[i].values() if isinstance(t, str)))
-    answers = classifier([inputs[i] for i in order], batch_size=batch_size, **arguments, on_error="skip")
+    # A dataset and not a list, whose answers would come all at once.
+    answers = classifier(Subset(inputs, order), batch_size=batch_size, **arguments, on_error="skip")
     for i, answer in zip(order, answers, strict=True):
         if isinstance(answer, list):  # of a pipeline made with `top_k`, best first
             answer = answer[0]
         # The pipeline numbers the rows as it sees them, sorted.
         error = answer["error"].partition(": ")[2] if "error" in answer else None
         predictions[i] = {"row": start + i, **answer, "error": error}
+        tell(1)
     return predictions
 
 
@@ -143,7 +153,8 @@ def score_file(
     """
     Score a file or a dataset, and write the predictions to a file.
 
-    `target` appears when it is complete: it is written under another name beside it, and then renamed.
+    `target` appears when it is complete: it is written in a hidden folder `.saving-...` beside it, and then moved. The
+    folder that a killed run has left, the next run beside it takes away.
 
     Args:
         source (`str`, `os.PathLike`, `datasets.Dataset` or `datasets.IterableDataset`):
@@ -153,7 +164,8 @@ def score_file(
         load_classifier (`Callable`): makes the pipeline; each process calls it once. It must be picklable where
             `num_proc` is above 1.
         num_proc (`int`, *optional*, defaults to 1): processes; each answers a window at a time.
-        progress (`bool`, *optional*, defaults to `True`): show a progress bar.
+        progress (`bool`, *optional*, defaults to `True`):
+            Show a progress bar. It counts rows as they are answered; with several processes, windows.
         text_columns, batch_size, window, on_error, arguments: as in [`score_rows`].
 
     Returns:
@@ -180,15 +192,18 @@ def score_file(
     with _writer(target) as write:
         total = len(rows) if isinstance(rows, Dataset) else None
         settings = (text_columns, batch_size, window, on_error, arguments)
-        if num_proc == 1:
-            predictions = _score_windows(rows, load_classifier(), *settings)
-        else:
-            predictions = _score_in_processes(rows, load_classifier, *settings, num_proc)
-        bar = iter(tqdm(predictions, total=total, unit=" rows", disable=not progress))
-        while chunk := list(islice(bar, window)):
-            write(chunk)
-            counts["rows"] += len(chunk)
-            counts["skipped"] += sum(prediction["error"] is not None for prediction in chunk)
+        classifier = load_classifier() if num_proc == 1 else None  # before the bar, for it has bars of its own
+        with tqdm(total=total, unit=" rows", disable=not progress) as bar:
+            if num_proc == 1:
+                predictions = _score_windows(rows, classifier, *settings, bar.update)
+            else:
+                predictions = _score_in_processes(rows, load_classifier, *settings, num_proc)
+            while chunk := list(islice(predictions, window)):
+                write(chunk)
+                if num_proc > 1:
+                    bar.update(len(chunk))
+                counts["rows"] += len(chunk)
+                counts["skipped"] += sum(prediction["error"] is not None for prediction in chunk)
     return counts
 
 
@@ -230,8 +245,9 @@ def _score_chunk(chunk, start, text_columns, batch_size, arguments) -> list[dict
 
 @contextmanager
 def _writer(target: Path) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
-    """A function that writes predictions to a temporary file, which becomes `target` at the end."""
-    temporary = target.with_name(f".{target.name}.{uuid4().hex}")
+    """A function that writes predictions to a file that becomes `target` at the end."""
+    stage = staging_folder(target.parent)
+    temporary = stage / target.name
     try:
         if target.suffix == ".parquet":
             with pq.ParquetWriter(temporary, SCHEMA) as parquet:
@@ -246,7 +262,7 @@ def _writer(target: Path) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
                     yield lambda chunk: file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in chunk)
         os.replace(temporary, target)
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(stage, ignore_errors=True)
 
 
 def _check_arguments(text_columns, batch_size, window, on_error) -> None:
@@ -265,9 +281,6 @@ def _check_columns(text_columns: Sequence[str], present: Sequence[str] | None) -
         raise ValueError(f"`text_columns` must name columns out of {list(present)}. Got {missing[0]!r}.")
 
 
-# Command line
-
-
 class ClassifierLoader(NamedTuple):
     """What a process needs to make the pipeline: a name, no weights."""
 
@@ -275,6 +288,7 @@ class ClassifierLoader(NamedTuple):
     onnx: bool
     device: str | None
     num_threads: int | None
+    prepack: bool = False
 
     def __call__(self) -> GamlTextClassificationPipeline:
         if self.num_threads is not None:
@@ -283,54 +297,8 @@ class ClassifierLoader(NamedTuple):
             model = GamlOrtModelForSequenceClassification.from_pretrained(self.model)
         else:
             model = GamlBertForSequenceClassification.from_pretrained(self.model)
+        if self.prepack:
+            model = model.eval().prepack()
         tokenizer = AutoTokenizer.from_pretrained(self.model, trust_remote_code=False)
-        device = "cpu" if self.onnx else self.device
+        device = "cpu" if self.onnx or self.prepack else self.device
         return GamlTextClassificationPipeline(model=model, tokenizer=tokenizer, device=device)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns 0, or 1 where rows were skipped; argparse leaves with 2 where nothing was written."""
-    parser = argparse.ArgumentParser(
-        prog="gaml-score",
-        description="Classify every row of a file. Exit code: 1 where rows were skipped, 2 where nothing was written.",
-    )
-    parser.add_argument("--model", required=True, help="a checkpoint: a folder or a name on the Hub")
-    parser.add_argument("--input", required=True, help="rows: a csv, tsv, json, jsonl or parquet file")
-    parser.add_argument("--output", required=True, help="predictions: a csv, jsonl or parquet file")
-    parser.add_argument("--text_columns", nargs="+", default=["text"], help="the one or two text columns")
-    parser.add_argument("--batch_size", type=int, default=32, help="rows that run together")
-    parser.add_argument("--window", type=int, default=WINDOW, help="rows that are read ahead and sorted by length")
-    parser.add_argument("--num_proc", type=int, default=1, help="processes")
-    parser.add_argument("--num_threads", type=int, help="CPU threads of each process")
-    parser.add_argument("--device", help='"cpu", "cuda:0", ...; defaults to a GPU where there is one')
-    parser.add_argument("--onnx", action="store_true", help="the model is an export of gaml_hf.ort")
-    parser.add_argument("--on_error", choices=["skip", "raise"], default="skip", help="what a bad row does")
-    parser.add_argument("--max_length", type=int, help="longer texts are cut to this many tokens")
-    parser.add_argument("--exit_strategy", help="none, budgeted, patience, entropy or max_prob")
-    parser.add_argument("--patience", type=int)
-    parser.add_argument("--budgeted_exit", type=int)
-    parser.add_argument("--exit_threshold", type=float)
-    parser.add_argument("--no_progress", action="store_true", help="no progress bar")
-    options = parser.parse_args(argv)
-    arguments = {name: getattr(options, name) for name in (*EXIT_FIELDS, "max_length")}
-    try:
-        counts = score_file(
-            options.input,
-            options.output,
-            ClassifierLoader(options.model, options.onnx, options.device, options.num_threads),
-            text_columns=options.text_columns,
-            batch_size=options.batch_size,
-            window=options.window,
-            on_error=options.on_error,
-            num_proc=options.num_proc,
-            progress=not options.no_progress,
-            **{name: value for name, value in arguments.items() if value is not None},
-        )
-    except (ValueError, OSError, ImportError) as error:
-        parser.error(str(error))
-    print(f"{counts['rows']} rows, {counts['skipped']} of them skipped; predictions in {options.output}")
-    return int(counts["skipped"] > 0)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

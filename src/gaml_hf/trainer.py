@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.utils import get_total_norm
 from torch.utils.data import Subset
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput, HubStrategy, SaveStrategy, has_length
 from transformers.utils import logging
@@ -31,6 +31,7 @@ from .checkpoints import (
     explain_full_disk,
     newest_complete_checkpoint,
     rotate_checkpoints,
+    save_tokenizer,
     staging_folder,
     write_seal,
 )
@@ -595,8 +596,12 @@ class GamlTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
-        if self.args.should_save:  # a pickle, which nothing reads; `trainer_state.json` and `run.json` tell more
-            Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            # A pickle, which nothing reads; `trainer_state.json` and `run.json` tell more.
+            (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+            if isinstance(self.processing_class, PreTrainedTokenizerBase):
+                save_tokenizer(self.processing_class, folder)
 
     def _load_best_model(self) -> None:
         if not self._is_sharded:
@@ -688,7 +693,7 @@ class GamlTrainer(Trainer):
 
     def _save_complete(self, folder: str | Path, card: dict[str, Any]) -> None:
         model = self.accelerator.unwrap_model(self.model)
-        arguments, config = self.args.to_sanitized_dict(), model.config.to_dict()
+        arguments, config = self.args.to_dict(), model.config.to_dict()
         known = {
             "model_name": self.hub_model_id,
             "training_arguments": {key: arguments[key] for key in TOLD_ARGUMENTS}

@@ -128,15 +128,9 @@ class Viewer:
 
     def exit_probabilities(self, row: dict[str, str]) -> list[list[float]]:
         """What every exit says, shallowest first: `num_exits` lists of `num_labels` numbers."""
-        tokenizer, model = self.classifier.tokenizer, self.classifier.model
-        batch = tokenizer(
-            row["text"],
-            row.get("text_pair"),
-            truncation=True,
-            max_length=self.classifier.max_length,
-            split_special_tokens=True,
-            return_tensors="pt",
-        ).to(model.device)
+        model = self.classifier.model
+        inputs = self.classifier.preprocess(row)  # the same tokens as for an answer
+        batch = {name: value.to(model.device) for name, value in inputs.items() if torch.is_tensor(value)}
         with torch.inference_mode():
             return model(**batch, output_exit_logits=True).exit_logits[0].float().softmax(dim=-1).tolist()
 

@@ -1,0 +1,119 @@
+"""
+The command `gaml-score`: classify every row of a file, see `gaml_hf.scoring`.
+
+It stands outside the package because `import gaml_hf` takes seconds: `--help` and a wrong file or model do not.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+
+# What functions call otherwise than the command line does.
+NAMES = {"source": "input", "target": "output", "pretrained_model_name_or_path": "model"}
+EXITS = ("exit_strategy", "patience", "budgeted_exit", "exit_threshold")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="gaml-score",
+        description="Classify every row of a file. Exit code: 1 where rows were skipped, 2 where nothing was written.",
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="a checkpoint: a folder or a name on the Hub")
+    add("--input", required=True, help="rows: a csv, tsv, json, jsonl or parquet file")
+    add("--output", required=True, help="predictions: a csv, jsonl or parquet file")
+    add("--text_columns", nargs="+", default=["text"], help="the one or two text columns (default: text)")
+    add("--batch_size", type=int, default=32, help="rows that run together (default: %(default)s)")
+    add("--window", type=int, default=4096, help="rows read ahead and sorted by length (default: %(default)s)")
+    add("--num_proc", type=int, default=1, help="processes (default: %(default)s)")
+    add("--num_threads", type=int, help="CPU threads of each process (default: PyTorch's)")
+    add("--device", help='"cpu", "cuda:0", ... (default: a GPU where there is one)')
+    add("--onnx", action="store_true", help="the model is an export of gaml_hf.ort; runs on the CPU (default: no)")
+    add("--prepack", action="store_true", help="reorder the weights for the CPU first (default: no)")
+    add("--on_error", choices=["skip", "raise"], default="skip", help="what a bad row does (default: %(default)s)")
+    add("--max_length", type=int, help="longer texts are cut to this many tokens (default: as in training)")
+    strategies = "none, budgeted, patience, entropy or max_prob"
+    add("--exit_strategy", help=f"when a row leaves: {strategies} (default: the model's)")
+    add("--patience", type=int, help="agreeing exits, for patience (default: the model's)")
+    add("--budgeted_exit", type=int, help="layer at which all leave, for budgeted (default: the model's)")
+    add("--exit_threshold", type=float, help="in [0, 1], for entropy and max_prob (default: the model's)")
+    add("--no_progress", action="store_true", help="no progress bar (default: a bar)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Returns 0, or 1 where rows were skipped; argparse leaves with 2 where nothing was written."""
+    parser = make_parser()
+    options = parser.parse_args(argv)
+    if (problem := _wrong_options(options) or _wrong_model(options.model, options.onnx)) is not None:
+        parser.error(problem)
+
+    from gaml_hf.scoring import ClassifierLoader, score_file
+
+    arguments = {name: getattr(options, name) for name in (*EXITS, "max_length")}
+    try:
+        counts = score_file(
+            options.input,
+            options.output,
+            ClassifierLoader(options.model, options.onnx, options.device, options.num_threads, options.prepack),
+            text_columns=options.text_columns,
+            batch_size=options.batch_size,
+            window=options.window,
+            on_error=options.on_error,
+            num_proc=options.num_proc,
+            progress=not options.no_progress,
+            **{name: value for name, value in arguments.items() if value is not None},
+        )
+    except (ValueError, OSError, ImportError) as error:
+        parser.error(_in_words_of_the_command(str(error), vars(options)))
+    print(f"{counts['rows']} rows, {counts['skipped']} of them skipped; predictions in {options.output}")
+    return int(counts["skipped"] > 0)
+
+
+def _wrong_options(options: argparse.Namespace) -> str | None:
+    if not Path(options.input).is_file():
+        return f"`--input` must be a file. Got `{options.input}`, which is not there."
+    if options.onnx and options.prepack:
+        return "`--prepack` is for a checkpoint; an export is packed when it is loaded. Got it with `--onnx`."
+    if (options.onnx or options.prepack) and options.device not in (None, "cpu"):
+        option = "--onnx" if options.onnx else "--prepack"
+        return f"`--device` must be cpu with `{option}`. Got `--device {options.device}`."
+    return None
+
+
+def _wrong_model(model: str, is_export: bool) -> str | None:
+    """What is wrong with the name of a model, as far as its config, which is all that is fetched here, can tell."""
+    folder, needed = Path(model), "a checkpoint folder" + ("" if is_export else ", or a checkpoint's name on the Hub")
+    if folder.is_dir():
+        if (folder / "config.json").is_file():
+            return None
+        return f"`--model` must be {needed}. Got `{model}`, a folder without `config.json`."
+    if folder.exists() or is_export:
+        state = "which is no folder" if folder.exists() else "which is not there"
+        return f"`--model` must be {needed}. Got `{model}`, {state}."
+
+    from huggingface_hub import hf_hub_download
+
+    try:
+        hf_hub_download(model, "config.json")
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        return f"`--model` must be {needed}. Got `{model}`, no folder here; and from the Hub: {reason}"
+    return None
+
+
+def _in_words_of_the_command(message: str, options: Collection[str]) -> str:
+    """The arguments that an error names, under the names that the command line has for them."""
+
+    def renamed(found: re.Match) -> str:
+        name = NAMES.get(found[1], found[1])
+        return f"`--{name}" if name in options else found[0]
+
+    return re.sub(r"`(\w+)(?=[=`])", renamed, message)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
