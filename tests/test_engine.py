@@ -183,13 +183,15 @@ def test_prepack_without_onednn_leaves_the_model(model, monkeypatch, caplog):
 
 @mark.parametrize("slower", [False, True])
 def test_the_gain_is_own_time_over_prepacked_time(slower, monkeypatch):
-    """With a kernel that waits in one of the two, and all but nothing to multiply."""
+    """With two milliseconds of work put into one of the two, and all but nothing to multiply."""
 
-    def wait(*_):
-        time.sleep(0.002)
+    def work(*_):
+        until = time.thread_time() + 0.002
+        while time.thread_time() < until:
+            pass
 
     def register(module):
-        module.register_forward_hook(wait)
+        module.register_forward_hook(work)
 
     linears = [torch.nn.Linear(4, 4)]
     init = PrepackedLinear.__init__
