@@ -1,5 +1,7 @@
 # make test          the whole test suite, in .venv with the versions of constraints.txt
 # make demo          the demonstration, in the same environment
+# make test-as-avx2  the same as if the processor had AVX2 alone, and test-as-avx512 AVX-512 without VNNI and bf16: Linux on
+#                    x86-64, a C compiler (benchmarks/as_cpu.c)
 # make lint          style and format
 # make test-lowest   the test suite in .venv-lowest, every dependency at its lower bound in pyproject.toml
 # make audit         known vulnerabilities of the versions in constraints.txt, asked of PyPI; fails where it has no answer
@@ -18,10 +20,14 @@ TORCH ?=
 EXTRAS := test,dev,space,explain
 EXTRAS_LOWEST := test,dev
 
-.PHONY: test demo lint test-lowest audit clean
+.PHONY: test test-as-avx2 test-as-avx512 demo lint test-lowest audit clean
 
 test: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest -n auto --dist loadfile
+
+test-as-avx2 test-as-avx512: test-as-%: $(VENV)/.installed
+	cc -shared -fPIC -o $(VENV)/as_cpu.so benchmarks/as_cpu.c -ldl
+	AS_CPU=$* LD_PRELOAD=$(abspath $(VENV)/as_cpu.so) $(VENV)/bin/python -m pytest -n auto --dist loadfile
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/python hub_models/gaml-bert-demo/demo.py

@@ -48,6 +48,7 @@ from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification, GamlTrain
 from gaml_hf.checkpoints import training_checkpoints
 from gaml_hf.configuration_gaml_bert import PAPER_LETTER
 from gaml_hf.data_files import RowFile, class_names, encode_labels, find_text_columns, known_classes, read_split
+from gaml_hf.engine_gaml import bfloat16_cost
 from gaml_hf.evaluation import (
     ExitMetrics,
     OperatingPoint,
@@ -442,6 +443,9 @@ def main(argv: list[str] | None = None) -> dict:
     datasets.utils.logging.set_verbosity_error()
     transformers.utils.logging.set_verbosity(training_args.get_process_log_level())
     set_seed(training_args.seed)
+    wants_bf16 = training_args.bf16 or training_args.bf16_full_eval
+    if wants_bf16 and training_args.device.type == "cpu" and (cost := bfloat16_cost()) > 1:
+        logger.warning(f"`bf16` will crawl: products take {cost:.1f} times as long as in float32 on this processor.")
 
     checkpoints = list(training_checkpoints(output_dir).values())
     resume = training_args.resume_from_checkpoint

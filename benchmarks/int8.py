@@ -66,7 +66,8 @@ def main() -> None:
         logits = {name: exit_logits(system, tokenizer, texts) for name, system in systems.items()}
 
     print(f"{date.today()}, {platform.platform()}; torch {torch.__version__}, ", end="")
-    print(f"onnxruntime {onnxruntime.__version__}; {len(labels)} rows; MiB of the layers: {sizes}")
+    print(f"onnxruntime {onnxruntime.__version__}; {len(labels)} rows; MiB of the layers: {sizes}; ", end="")
+    print(f"int8 with weights of type {systems['ONNX Runtime int8'].weight_type}")
     reference = logits["PyTorch fp32"]
     print(f"\naccuracy of each exit {config.exit_layers}, and the largest difference of a logit")
     for name, values in logits.items():

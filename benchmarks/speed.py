@@ -3,6 +3,7 @@ What early exiting gives in wall-clock time: systems side by side, in one proces
 
     python benchmarks/speed.py                                # BERT-base shape, random weights, exits forced
     python benchmarks/speed.py --batch_sizes 1 --lengths 64   # a part of it
+    python benchmarks/speed.py --weights                      # int8 with each type of weights, too
     python benchmarks/speed.py --checkpoint out/sst2 --data validation.parquet --text_columns sentence
 
 Every figure is a ratio to Hugging Face's BERT in eager attention, float32 and full depth, of the same round; median
@@ -31,6 +32,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -40,7 +42,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification
-from gaml_hf.engine_gaml import Layout, run_cls, run_layer
+from gaml_hf.engine_gaml import Layout, PrepackedLinear, bfloat16_cost, run_cls, run_layer
 from gaml_hf.exiting_gaml import Budgeted, ExitPolicy, FullDepth, policy_from_config
 
 
@@ -179,16 +181,16 @@ def full_depth(model, workload: Workload) -> None:
         model(**batch)
 
 
-def token_price(model: GamlBertForSequenceClassification) -> float:
+def token_price(model: GamlBertForSequenceClassification, clock: Callable[[], float]) -> float:
     """Seconds of a token in a layer, in a large batch without padding, by this model's kernels."""
     layout = Layout(torch.ones(16, 32, dtype=torch.bool), torch.device("cpu"))
     tokens = layout.pack(torch.randn(16, 32, model.config.hidden_size).to(model.dtype))
     layer = model.bert.encoder.layer[0]
     run_layer(layer, tokens, layout.rows)
-    started = time.perf_counter()
+    started = clock()
     for _ in range(3):
         run_layer(layer, tokens, layout.rows)
-    return (time.perf_counter() - started) / 3 / len(tokens)
+    return (clock() - started) / 3 / len(tokens)
 
 
 def needed_tokens(workload: Workload) -> int:
@@ -264,6 +266,12 @@ def make_systems(options: argparse.Namespace, folder: Path) -> dict[str, tuple[C
             # A single text has its budget, as with the other systems.
             by_row = precision == "int8" and options.batch_sizes != [1]
             systems[f"ours, ONNX Runtime {precision}"] = (ours_by_row if by_row else ours, session)
+        for weight_type in ("int8", "uint8") if options.weights else ():  # whether or not they are exact
+            with patch("gaml_hf.ort.exact_weight_type", return_value=weight_type):
+                session = GamlOrtModelForSequenceClassification.from_pretrained(
+                    folder / "int8", num_threads=options.threads
+                )
+            systems[f"{weight_type} weights"] = (ours_by_row if by_row else ours, session)
     if options.split:
         for name in ("ours", "ours, prepacked"):
             systems[f"{name}, no layer split"] = (never_split, systems[name][1])
@@ -275,20 +283,36 @@ def make_systems(options: argparse.Namespace, folder: Path) -> dict[str, tuple[C
     return {name: system for name, system in systems.items() if not options.systems or name in options.systems}
 
 
+def processor() -> str:
+    """Its name, and what decides which kernels are taken."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = f"{names[0] if names else platform.processor() or platform.machine()}, PyTorch takes it for "
+    name += f"{torch.backends.cpu.get_cpu_capability()}; bf16 takes {bfloat16_cost():.2f} of the time of fp32"
+    if importlib.util.find_spec("onnxruntime"):
+        from gaml_hf.ort import exact_weight_type
+
+        name += f"; ONNX Runtime's int8 has weights of {exact_weight_type()}"
+    return name
+
+
 # ------------------------------------------------------------------------------------------------------- measuring
 
 
-def measure(systems: dict[str, tuple[Callable, object]], workload: Workload, rounds: int) -> dict[str, list[float]]:
+def measure(
+    systems: dict[str, tuple[Callable, object]], workload: Workload, rounds: int, clock: Callable[[], float]
+) -> dict[str, list[float]]:
     """Seconds of each system in each round, after a warm-up round."""
     seconds: dict[str, list[float]] = {name: [] for name in systems}
     for round_ in range(rounds + 1):
         # The order alternates: whoever comes second finds warmer caches.
         for name in sorted(systems, reverse=bool(round_ % 2)):
             run, model = systems[name]
-            started = time.perf_counter()
+            started = clock()
             run(model, workload)
             if round_:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(clock() - started)
     return seconds
 
 
@@ -370,6 +394,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true", help="our layers under torch.compile, too")
+    parser.add_argument("--cpu_time", action="store_true", help="of this process, for a busy machine and one thread")
+    parser.add_argument("--weights", action="store_true", help="int8 with signed and with unsigned weights, too")
     parser.add_argument("--split", action="store_true", help="ours with every layer and with no layer split, too")
     parser.add_argument("--profile", action="store_true", help="only tell where the time of a single text goes")
     parser.add_argument("--systems", nargs="+", help="only these; the first named is the base")
@@ -383,7 +409,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(options.seed)
     transformers.logging.set_verbosity_error()
 
-    print(f"{date.today()}, {platform.processor() or platform.machine()}, {options.threads} thread(s); ", end="")
+    print(f"{date.today()}, {processor()}; {options.threads} thread(s); ", end="")
     print(f"torch {torch.__version__}, transformers {transformers.__version__}; {vars(options)}")
     results = []
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
@@ -395,9 +421,13 @@ def main(argv: list[str] | None = None) -> None:
             models = {name: model for name, (run, model) in systems.items() if run is ours and hasattr(model, "bert")}
             profile(models, [int(length) for length in options.lengths if length.isdigit()], options.rounds)
             return
-        base = next(iter(systems))
+        for name, (_, model) in systems.items():
+            if "prepacked" in name:
+                done = any(isinstance(module, PrepackedLinear) for module in model.modules())
+                print(f"{name}: {'yes' if done else 'no, that is not faster here'}")
+        base, clock = next(iter(systems)), time.process_time if options.cpu_time else time.perf_counter
         prices = {
-            name: token_price(model)
+            name: token_price(model, clock)
             for name, (_, model) in systems.items()
             if isinstance(model, GamlBertForSequenceClassification)
         }
@@ -409,7 +439,7 @@ def main(argv: list[str] | None = None) -> None:
                 f"\n{workload.name}: {tokens} tokens, {padded} padded; mean exit {mean_exit:.2f}, "
                 f"speed-up in layers {options.layers / mean_exit:.2f}"
             )
-            seconds = measure(systems, workload, options.rounds)
+            seconds = measure(systems, workload, options.rounds, clock)
             for name in systems:
                 share = ""
                 if name in prices and name.startswith("ours"):

@@ -9,7 +9,7 @@ from benchmarks import speed
 
 def test_speed(tmp_path, capsys):
     threads = torch.get_num_threads()
-    words = "--layers 2 --rows 2 --rounds 1 --lengths sst2 --batch_sizes 1 3 --exits 1 2 mixed --split"
+    words = "--layers 2 --rows 2 --rounds 1 --lengths sst2 --batch_sizes 1 3 --exits 1 2 mixed --split --weights"
     speed.main([*words.split(), "--output", str(tmp_path / "speed.json"), "--figure", str(tmp_path / "a.png")])
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     results = json.loads((tmp_path / "speed.json").read_text())["results"]
@@ -26,6 +26,7 @@ def test_speed(tmp_path, capsys):
         assert result["workload"] in printed
         assert {len(seconds) for seconds in result["seconds"].values()} == {1}
         assert {"HF BERT, eager", "ours", "ours, prepacked", "ours, every layer split"} <= result["seconds"].keys()
+        assert {"int8 weights", "uint8 weights"} <= result["seconds"].keys()
 
 
 def test_profile(capsys):

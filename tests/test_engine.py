@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import time
 
 import torch
 from pytest import fixture, mark, raises
@@ -11,7 +12,15 @@ from transformers import AutoModelForSequenceClassification, BertConfig
 from transformers.models.bert.modeling_bert import BertLayer
 
 from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification, GamlTextClassificationPipeline
-from gaml_hf.engine_gaml import Layout, PrepackedLinear, run_cls, run_layer, run_rest
+from gaml_hf.engine_gaml import (
+    Layout,
+    PrepackedLinear,
+    bfloat16_cost,
+    prepacking_gain,
+    run_cls,
+    run_layer,
+    run_rest,
+)
 from gaml_hf.exiting_gaml import MIN_ROWS_TO_GUESS, Budgeted, Entropy, FullDepth, MaxProb, Patience
 
 
@@ -143,8 +152,65 @@ def test_half_precision_is_near_float32_row_by_row(dtype, tolerance, model):
 
 
 @fixture
-def prepacked(model):
+def prepacked(model, monkeypatch):
+    """Whether or not that is faster here; for a model as small as this one it is not."""
+    monkeypatch.setattr("gaml_hf.modeling_gaml_bert.prepacking_gain", lambda linears: 2.0)
     return copy.deepcopy(model).prepack()
+
+
+def test_prepack_does_what_is_faster(model, monkeypatch, caplog):
+    weights, timed = model.state_dict(), []
+    for gain in (0.4, 1.0, 1.4):
+        monkeypatch.setattr("gaml_hf.modeling_gaml_bert.prepacking_gain", lambda ls, g=gain: timed.append(ls) or g)
+        found = copy.deepcopy(model).prepack()
+        assert any(isinstance(module, PrepackedLinear) for module in found.modules()) == (gain > 1)
+        assert f"Not prepacked: that is {gain:.2f} times as fast" in caplog.text or gain > 1
+        if gain <= 1:
+            found.train().double()  # nothing was done to it
+            assert all(weight.equal(weights[name].double()) for name, weight in found.state_dict().items())
+    assert [len(linears) for linears in timed] == [6, 6, 6]
+    assert found.prepack() is found
+    assert len(timed) == 3  # a second call has nothing to do
+
+
+def test_prepack_without_onednn_leaves_the_model(model, monkeypatch, caplog):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    model.prepack()
+    assert not any(isinstance(module, PrepackedLinear) for module in model.modules())
+    with raises(ValueError, match="`prepack` needs a model in evaluation mode, on the CPU"):
+        model.to(torch.bfloat16).prepack()
+
+
+@mark.parametrize("slower", [False, True])
+def test_the_gain_is_own_time_over_prepacked_time(slower, monkeypatch):
+    """With two milliseconds of work put into one of the two, and all but nothing to multiply."""
+
+    def work(*_):
+        until = time.thread_time() + 0.002
+        while time.thread_time() < until:
+            pass
+
+    def register(module):
+        module.register_forward_hook(work)
+
+    linears = [torch.nn.Linear(4, 4)]
+    init = PrepackedLinear.__init__
+    if slower:
+        monkeypatch.setattr(PrepackedLinear, "__init__", lambda self, linear: init(self, linear) or register(self))
+    else:
+        register(linears[0])
+    gain = prepacking_gain(linears)
+    assert gain < 0.5 if slower else gain > 2
+
+
+def test_timing_uses_up_no_random_number_and_tells_bfloat16():
+    linears, state = [torch.nn.Linear(8, 8)], torch.get_rng_state()
+    cost = bfloat16_cost()
+    assert prepacking_gain(linears) > 0
+    assert torch.get_rng_state().equal(state)
+    if torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        assert (cost < 1.5) == native, cost
 
 
 @each_policy
@@ -193,12 +259,15 @@ def test_a_prepacked_model_in_the_pipeline(prepacked, model, tokenizer):
 
 
 @mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="needs a processor with AVX-512 at least")
-def test_prepacked_bfloat16(model):
+def test_prepacked_bfloat16(model, monkeypatch, caplog):
+    monkeypatch.setattr("gaml_hf.modeling_gaml_bert.prepacking_gain", lambda linears: 2.0)
+    monkeypatch.setattr("gaml_hf.modeling_gaml_bert.bfloat16_cost", lambda: 5.8)
     model.to(torch.bfloat16)
     batch = texts(24, 12)
     with torch.no_grad():
         expected = model(**batch, output_exit_logits=True).exit_logits.float()
         found = model.prepack()(**batch, output_exit_logits=True).exit_logits
+    assert "bfloat16 takes 5.8 times as long as float32 on this processor" in caplog.text
     assert found.dtype == torch.bfloat16
     assert_close(found.float(), expected, rtol=0, atol=0.1 * float(expected.abs().max()))
 

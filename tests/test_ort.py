@@ -1,16 +1,21 @@
 """The CPU runtime: PyTorch's logits and exits in fp32, near them in int8, and the habits of a model class."""
 
+import os
 import pickle
 import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import onnx
 import torch
-from pytest import fixture, mark, raises
+from pytest import fixture, mark, raises, skip
 from torch.testing import assert_close
 
-from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification, GamlTextClassificationPipeline
+from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification, GamlTextClassificationPipeline, ort
+from gaml_hf.checkpoints import SEAL
 from gaml_hf.configuration_gaml_bert import PAPER_LETTER
 from gaml_hf.exiting_gaml import Budgeted, Entropy, FullDepth, MaxProb, Patience
 from gaml_hf.exits_gaml import RunningNorm
@@ -150,6 +155,82 @@ def test_int8_is_pytorch_with_rounded_weights(model, tmp_path):
     difference = (ours - theirs).abs().mean() / theirs.abs().mean()
     assert 0 < difference < 0.1
     assert runtime.precision == "int8"
+
+
+@mark.parametrize("rows", [1, 5])
+@mark.parametrize("weight_type", ["the one chosen", "uint8"])
+def test_int8_products_are_those_of_whole_numbers(model, tmp_path, monkeypatch, weight_type, rows):
+    """
+    Bytes at the ends of their range, in the graphs and sessions of a model: 2 * 255 * 127 is more than 16 bits hold.
+
+    `query` has its activations to itself and `key` shares them, which are two operators of ONNX Runtime.
+    """
+    if weight_type == "uint8":
+        monkeypatch.setattr(ort, "exact_weight_type", lambda: "uint8")
+    attention, projections = model.bert.encoder.layer[0].attention.self, ("query", "key", "value")
+    signs = torch.ones(32, 32).copysign(torch.randn(32, 32) + torch.linspace(-3, 3, 32)[:, None])
+    for name in projections:
+        getattr(attention, name).weight.data = signs * torch.rand(32, 1)  # 127 or -127 times a scale for each row
+    folder = export_onnx(model, tmp_path / "int8", precision="int8")
+    segment = onnx.load(folder / "layer_1.onnx")
+    for name in projections:
+        segment.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
+    onnx.save(segment, folder / "layer_1.onnx")
+    (folder / SEAL).unlink()
+    runtime = GamlOrtModelForSequenceClassification.from_pretrained(folder)
+
+    x = np.random.default_rng(0).integers(200, 256, (1, rows, 32))
+    x[:, :, 5], x[:, :, 17] = 0, 255  # so that the bytes are these numbers themselves
+    feeds = {"hidden_states": x.astype(np.float32), "attention_mask": np.ones((1, rows), dtype=np.int32)}
+    found = runtime._segments[1].run(list(projections), feeds | {"num_queries": np.array([rows])})
+    for name, product in zip(projections, found, strict=True):
+        layer = getattr(attention, name)
+        scale = layer.weight.detach().abs().amax(dim=1).double().numpy() / 127
+        expected = (x @ (127 * signs.T.long().numpy())) * scale + layer.bias.detach().numpy()
+        assert np.allclose(product, expected, rtol=1e-6, atol=1e-3), np.abs(product - expected).max()
+
+
+LOADS_AND_ANSWERS = """
+import sys, torch
+from gaml_hf.ort import GamlOrtModelForSequenceClassification
+runtime = GamlOrtModelForSequenceClassification.from_pretrained(sys.argv[1])
+print(runtime.weight_type)
+torch.save(runtime(**torch.load(sys.argv[2]), output_exit_logits=True).exit_logits, sys.argv[2])
+"""
+
+
+def test_one_export_answers_alike_on_a_processor_without_a_dot_product_of_bytes(model, tmp_path):
+    """In a process that is told that there is AVX2 alone; `benchmarks/as_cpu.c` says how."""
+    compiler = shutil.which("cc")
+    if compiler is None or sys.platform != "linux" or os.uname().machine != "x86_64":
+        skip("needs Linux on x86-64 and a C compiler")
+    library = tmp_path / "as_cpu.so"
+    source = Path(__file__).parents[1] / "benchmarks" / "as_cpu.c"
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
+    runtime, batch = load(model, tmp_path, "int8"), make_batch(model.config)
+    assert runtime.weight_type == ort.exact_weight_type()
+    assert load(model, tmp_path).weight_type == "float32"
+    torch.save(batch, tmp_path / "batch.pt")
+    words = [sys.executable, "-c", LOADS_AND_ANSWERS, runtime.folder, tmp_path / "batch.pt"]
+    environment = os.environ | {"AS_CPU": "avx2", "LD_PRELOAD": str(library)}
+    run = subprocess.run(words, env=environment, capture_output=True, text=True)
+    if "CPUID faulting" in run.stderr:
+        skip("needs a processor with CPUID faulting")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == "uint8\n"
+    theirs = runtime(**batch, output_exit_logits=True).exit_logits
+    assert_close(torch.load(tmp_path / "batch.pt"), theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_int8_is_refused_where_no_product_is_exact(model, tmp_path, monkeypatch):
+    folder = export_onnx(model, tmp_path / "int8", precision="int8")
+    asked = []
+    monkeypatch.setattr(ort, "_is_exact", asked.append)
+    ort.exact_weight_type.cache_clear()
+    with raises(RuntimeError, match="does not multiply 8-bit integers exactly on this processor"):
+        GamlOrtModelForSequenceClassification.from_pretrained(folder)
+    assert asked == ["int8", "uint8"]
+    assert load(model, tmp_path).precision == "fp32"
 
 
 def test_int8_weights_are_a_quarter_and_exits_stay_fp32(model, tmp_path):

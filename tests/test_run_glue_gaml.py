@@ -634,6 +634,16 @@ def test_a_policy_cannot_be_chosen_without_rows(common, files):
         run_glue_gaml.main(words)
 
 
+@mark.parametrize("option", ["--bf16", "--bf16_full_eval"])
+def test_a_word_where_bf16_will_crawl(common, files, monkeypatch, caplog, option):
+    for cost, told in ((93.25, True), (0.4, False)):
+        caplog.clear()
+        monkeypatch.setattr("run_glue_gaml.bfloat16_cost", lambda cost=cost: cost)
+        with raises(ValueError, match="must have the splits"):  # it is told before any work
+            run_glue_gaml.main([*common, option, *with_files(files, "validation"), "--do_train"])
+        assert ("products take 93.2 times as long as in float32 on this processor" in caplog.text) == told
+
+
 def test_missing_splits(common, files):
     with raises(ValueError, match=r"must have the splits \['test', 'train'\]"):
         run_glue_gaml.main([*common, *with_files(files, "train", "validation"), "--do_train", "--do_predict"])

@@ -9,12 +9,14 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
 from .checkpoints import SEAL, save_tokenizer, staging_folder, why_unsealed, write_seal
 from .configuration_gaml_bert import GamlBertConfig
@@ -22,11 +24,15 @@ from .exiting_gaml import Budgeted, ExitPolicy, policy_from_config
 from .modeling_gaml_bert import GamlBertForSequenceClassification, GamlSequenceClassifierOutput
 
 
+logger = logging.get_logger(__name__)
+
 OPSET = 17  # the first with LayerNormalization
 IR_VERSION = 8  # what every ONNX Runtime that knows OPSET can read
 ACTIVATIONS = {"gelu": "Gelu", "gelu_new": "FastGelu", "gelu_pytorch_tanh": "FastGelu", "relu": "Relu"}
 # ONNX Runtime's own operators, among them those that its optimizer would otherwise have to find.
 CONTRIB = {"Gelu", "FastGelu", "MatMulIntegerToFloat", "SkipLayerNormalization", "MultiHeadAttention"}
+# An option of a session: weights of signed bytes become unsigned ones with zero point 128, for the same sums.
+UNSIGNED_WEIGHTS = "session.x64quantprecision"
 
 
 def segment_files(config: GamlBertConfig) -> list[str]:
@@ -48,7 +54,8 @@ def export_onnx(
     Write a model as ONNX segments: the embeddings, and each layer with its exit.
 
     With `"int8"` the matrices of the layers become 8-bit integers, one scale per output channel, and activations are
-    quantized as they come (dynamic quantization). Embeddings, LayerNorm, softmax and the exits stay in fp32.
+    quantized as they come (dynamic quantization). Embeddings, LayerNorm, softmax and the exits stay in fp32. The same
+    folder serves every processor: which kernels sum these products exactly is found when it is loaded.
 
     Args:
         model ([`GamlBertForSequenceClassification`]): trained; read in fp32, and left as it was.
@@ -72,20 +79,24 @@ def export_onnx(
             f"`hidden_act` of the model must be one of {sorted(ACTIVATIONS)} to be exported. "
             f"Got `hidden_act={model.config.hidden_act!r}`."
         )
-    opsets = [onnx.helper.make_opsetid("", OPSET), onnx.helper.make_opsetid("com.microsoft", 1)]
     with _new_folder(folder) as stage:
         model.config.to_json_file(stage / "config.json")
         if tokenizer is not None:
             save_tokenizer(tokenizer, stage)
         for m, name in enumerate(segment_files(model.config)):
             graph = _layer_graph(model, m, precision) if m else _embeddings_graph(model)
-            segment = onnx.helper.make_model(
-                graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="gaml_hf"
-            )
+            segment = _to_model(graph)
             onnx.helper.set_model_props(segment, {"precision": precision})
             onnx.save(segment, stage / name)
         write_seal(stage, "*.onnx")  # not the config, which may be edited
     return folder
+
+
+def _to_model(graph: Any) -> Any:
+    import onnx
+
+    opsets = [onnx.helper.make_opsetid("", OPSET), onnx.helper.make_opsetid("com.microsoft", 1)]
+    return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="gaml_hf")
 
 
 class _Graph:
@@ -124,7 +135,9 @@ class _Graph:
         scale = (weight.abs().amax(dim=1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
         integers = (weight / scale[:, None]).round().to(torch.int8).T.contiguous().numpy()
         inputs = [quantized[0], self.weight(f"{name}.weight", integers), quantized[1]]
-        inputs += [self.weight(f"{name}.weight_scale", scale), quantized[2], "", *bias_input]
+        inputs += [self.weight(f"{name}.weight_scale", scale), quantized[2]]
+        # It may be left out, but then ONNX Runtime 1.21 ignores UNSIGNED_WEIGHTS, or ends the process.
+        inputs += [self.weight(f"{name}.weight_zero_point", np.int8(0)), *bias_input]
         return self.node("MatMulIntegerToFloat", inputs, name)
 
     def build(self, name: str, inputs: dict[str, tuple], outputs: dict[str, list]) -> Any:
@@ -259,6 +272,56 @@ def _layer_graph(model: GamlBertForSequenceClassification, m: int, precision: st
 # Run
 
 
+@cache
+def exact_weight_type() -> Literal["int8", "uint8"]:
+    """
+    The type of weights whose products ONNX Runtime sums exactly on this processor, found by multiplying.
+
+    Its kernels for processors without a dot product of bytes (on x86, without VNNI) add two products of an unsigned
+    and a signed byte in 16 bits, which cuts off what is beyond 32767. Unsigned weights have other kernels, which do
+    not, but take longer; with a dot product, several times as long. So signed ones are used wherever they are exact.
+
+    Raises:
+        RuntimeError: neither is exact.
+    """
+    _, onnxruntime = _import_onnx()
+    for weight_type in ("int8", "uint8"):
+        if _is_exact(weight_type):
+            return weight_type
+    raise RuntimeError(
+        f"ONNX Runtime {onnxruntime.__version__} does not multiply 8-bit integers exactly on this processor. Take "
+        'another version of it, or export with `precision="fp32"`.'
+    )
+
+
+def _is_exact(weight_type: str) -> bool:
+    """Whether products at the end of the bytes' range have their sum, alone in a row and in several."""
+    onnx, onnxruntime = _import_onnx()
+    graph, depth = _Graph(), 64
+    weight = np.full((depth, 32), 127, dtype=np.int8)
+    weight[:, ::2] *= -1
+    values = {"weight": weight, "scale": np.float32(1), "weight_scale": np.ones(32, dtype=np.float32)}
+    values |= {"zero_point": np.uint8(0), "weight_zero_point": np.int8(0)}
+    graph.node("MatMulIntegerToFloat", ["x", *(graph.weight(name, value) for name, value in values.items())], "sum")
+    x = {"x": (onnx.TensorProto.UINT8, ["rows", depth])}
+    model = _to_model(graph.build("exactness", x, {"sum": ["rows", 32]}))
+    options = _session_options(num_threads=1, weight_type=weight_type)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    bytes_ = [np.full((rows, depth), 255, dtype=np.uint8) for rows in (1, 8)]
+    return all(np.array_equal(session.run(None, {"x": x})[0], x.astype(int) @ weight.astype(int)) for x in bytes_)
+
+
+def _session_options(num_threads: int, weight_type: str) -> Any:
+    _, onnxruntime = _import_onnx()
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = num_threads
+    # Each session has threads of its own. They must not wait busily while another session has its turn.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if weight_type == "uint8":
+        options.add_session_config_entry(UNSIGNED_WEIGHTS, "1")
+    return options
+
+
 class GamlOrtModelForSequenceClassification:
     """
     A GAML-BERT that runs in ONNX Runtime on a CPU: the calls, outputs and exits of
@@ -273,6 +336,11 @@ class GamlOrtModelForSequenceClassification:
     exit) is computed for [CLS] alone, where exits read nothing else.
 
     Make one with `from_pretrained`.
+
+    Attributes:
+        precision (`str`): `"fp32"` or `"int8"`, of the export.
+        weight_type (`str`): what the matrices of the layers are here: `"float32"`; `"int8"`, as an int8 export holds
+            them; or `"uint8"`, where the products of signed ones are not exact ([`exact_weight_type`]).
     """
 
     main_input_name = "input_ids"
@@ -287,16 +355,16 @@ class GamlOrtModelForSequenceClassification:
 
     def __init__(self, folder: Path, config: GamlBertConfig, num_threads: int):
         _, onnxruntime = _import_onnx()
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = num_threads
-        # Each session has threads of its own. They must not wait busily while another session has its turn.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self.folder, self.config, self.num_threads = folder, config, num_threads
-        self._segments = [
-            onnxruntime.InferenceSession(folder / name, options, providers=["CPUExecutionProvider"])
-            for name in segment_files(config)
-        ]
-        self.precision = self._segments[0].get_modelmeta().custom_metadata_map["precision"]
+        self._segments, self.weight_type = [], "float32"
+        for name in segment_files(config):
+            options = _session_options(num_threads, self.weight_type)
+            session = onnxruntime.InferenceSession(folder / name, options, providers=["CPUExecutionProvider"])
+            self._segments.append(session)
+            if len(self._segments) == 1:  # the embeddings, which are float32 at either precision
+                self.precision = session.get_modelmeta().custom_metadata_map["precision"]
+                self.weight_type = "float32" if self.precision == "fp32" else exact_weight_type()
+        logger.info(f"`{folder}` runs with weights of type {self.weight_type}.")
 
     @classmethod
     def from_pretrained(
@@ -313,6 +381,7 @@ class GamlOrtModelForSequenceClassification:
         Raises:
             ValueError: the folder is no export, a graph in it is damaged, a change is one that needs a new export, or
                 `num_threads` is below 1.
+            RuntimeError: int8, and ONNX Runtime cannot multiply it exactly on this processor.
             ImportError: the packages `onnx` and `onnxruntime` are not installed.
         """
         folder = Path(pretrained_model_name_or_path)
