@@ -156,6 +156,10 @@ class GamlBertForSequenceClassification(BertPreTrainedModel):
         In evaluation mode, rows leave as the exit policy decides, and layers run only for the rows still there.
         Training, a loss, and `output_*` need every layer: then all run, and the policy's decisions are replayed.
 
+        Traced or exported (`torch.jit.trace`, `torch.onnx.export`, `torch.export`), the graph holds for any number of
+        rows and tokens. It is of one depth where the policy is (`"none"`, `"budgeted"`); the others need
+        `output_exit_logits=True`. It keeps none of the checks below.
+
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): token ids, [CLS] first.
             attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
@@ -195,8 +199,10 @@ class GamlBertForSequenceClassification(BertPreTrainedModel):
             logits, exit_layer = exit_logits[:, -1], None
         else:
             position = (exit_policy or policy_from_config(self.config)).replay(exit_logits)  # (batch_size,)
-            logits = exit_logits[torch.arange(len(position), device=position.device), position]
-            exit_layer = position.new_tensor(self.config.exit_layers)[position]
+            # No `len`, no `arange`: a traced or exported graph would keep the example's number of rows.
+            chosen = position[:, None, None].expand(-1, 1, self.config.num_labels)
+            logits = exit_logits.gather(1, chosen).squeeze(1)  # (batch_size, num_labels)
+            exit_layer = position.new_tensor(self.config.exit_layers).index_select(0, position)
         loss = ce_loss = kd_loss = None
         if labels is not None:
             loss, ce_loss, kd_loss = self._losses(exit_logits, labels)
@@ -269,12 +275,16 @@ class GamlBertForSequenceClassification(BertPreTrainedModel):
             logits = logits / self.config.exit_temperatures[self.config.exit_layers.index(m)]
         return logits
 
-    def _run_all_exits(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
+    def _run_all_exits(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, exit_layers: list[int] | None = None
+    ) -> Tensor:
+        """Logits of all exits, or of those after `exit_layers` and no layer above."""
+        exit_layers = exit_layers or self.config.exit_layers
         layer_mask = self._layer_mask(hidden_states, attention_mask)
         exit_logits = []
-        for m in range(1, self.config.num_hidden_layers + 1):
+        for m in range(1, exit_layers[-1] + 1):
             hidden_states = self._run_layer(m, hidden_states, layer_mask)
-            if m in self.config.exit_layers:
+            if m in exit_layers:
                 exit_logits.append(self._run_exit(m, hidden_states))
         return torch.stack(exit_logits, dim=1)  # (batch_size, num_exits, num_labels)
 
@@ -283,10 +293,7 @@ class GamlBertForSequenceClassification(BertPreTrainedModel):
     ) -> tuple[Tensor, Tensor]:
         """Dynamic exiting (Sec. 2.2.2) for a whole batch: rows that leave are dropped, so no row waits for another."""
         if torch.jit.is_tracing() or torch.compiler.is_exporting():
-            raise ValueError(
-                "A traced or exported model would send every row the way its example went. Export with "
-                "`output_exit_logits=True`, which runs all exits, and let `ExitPolicy.replay` decide."
-            )
+            return self._exit_at_one_layer(hidden_states, attention_mask, policy)
         run_layer, run_cls, run_rest = self._layer_functions
         last = self.config.num_hidden_layers
         batch_size, length, _ = hidden_states.shape
@@ -339,6 +346,21 @@ class GamlBertForSequenceClassification(BertPreTrainedModel):
         logits = torch.cat([answer for _, answer, _ in left])
         # From the order in which rows left to that of the batch.
         return logits.index_copy(0, order, logits), exit_layer.index_copy(0, order, exit_layer)
+
+    def _exit_at_one_layer(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, policy: ExitPolicy
+    ) -> tuple[Tensor, Tensor]:
+        """What `_exit_early` gives, as a graph without decisions, for a policy that takes none."""
+        position = policy.fixed_exit(self.config.num_exits)
+        if position is None:
+            raise ValueError(
+                "A traced or exported model would send every row the way its example went, and "
+                f"{type(policy).__name__} lets each row go its own. Export with `output_exit_logits=True`, which runs "
+                'all exits and replays the policy, or at one depth, with `exit_strategy="none"` or `"budgeted"`.'
+            )
+        exit_layer = self.config.exit_layers[position]
+        logits = self._run_all_exits(hidden_states, attention_mask, [exit_layer])[:, 0]
+        return logits, torch.full_like(logits[:, 0], exit_layer, dtype=torch.int64)
 
     def prepack(self) -> "GamlBertForSequenceClassification":
         """
@@ -398,6 +420,8 @@ class GamlBertForSequenceClassification(BertPreTrainedModel):
         self, input_ids, inputs_embeds, attention_mask, token_type_ids, labels, output_attentions
     ) -> None:
         """One clear error for what would otherwise fail deep inside, or quietly give a wrong answer."""
+        if torch.jit.is_tracing():  # a trace keeps no check, and warns of each
+            return
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
         inputs, name, dim = (
