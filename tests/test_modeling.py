@@ -5,6 +5,7 @@ The exit policies themselves are tested in test_exiting.py, the losses in test_l
 """
 
 import io
+import logging
 import re
 from concurrent.futures import ThreadPoolExecutor
 from warnings import catch_warnings
@@ -549,6 +550,37 @@ def test_weights_of_another_size_are_an_error(make, tmp_path):
     for changes in ({"num_labels": 5}, {"hidden_size": 64}, {"vocab_size": 99}):
         with raises(RuntimeError, match="ignore_mismatched_sizes"):  # upstream's
             GamlBertForSequenceClassification.from_pretrained(tmp_path, **changes)
+
+
+@mark.parametrize("auto", [GamlBertForSequenceClassification, AutoModelForSequenceClassification])
+def test_new_exits_keep_nothing_that_was_chosen_for_the_old(auto, make, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    old = {"exit_temperatures": [2.0, 1.0, 0.5, 1.5], **POLICIES["entropy"]}
+    make(alpha=0.7, **old).save_pretrained(tmp_path)
+    new_task = {"num_labels": 5, "ignore_mismatched_sizes": True}
+    config = auto.from_pretrained(tmp_path, **new_task).config
+    fresh = GamlBertConfig()
+    for field in ("exit_strategy", "exit_threshold", "exit_temperatures"):
+        assert getattr(config, field) == getattr(fresh, field)
+    assert config.alpha == 0.7  # how it is trained stays
+    told = [record.getMessage() for record in caplog.records if "are new, for 5 classes" in record.getMessage()]
+    gone = "`exit_strategy='entropy'`, `exit_threshold=0.4`, `exit_temperatures=[2.0, 1.0, 0.5, 1.5]`"
+    assert [gone in message for message in told] == [True]
+
+    config = auto.from_pretrained(tmp_path, **new_task, **POLICIES["patience"]).config  # the caller's own
+    assert (config.exit_strategy, config.patience, config.exit_threshold) == ("patience", 1, None)
+    with raises(ValueError, match="`exit_threshold` must be a number"):
+        auto.from_pretrained(tmp_path, **new_task, exit_strategy="max_prob")
+    caplog.clear()
+    config = auto.from_pretrained(tmp_path, ignore_mismatched_sizes=True).config  # nothing is new
+    assert {field: getattr(config, field) for field in old} == old
+    assert "are new" not in caplog.text
+
+
+def test_a_policy_for_the_new_exits_of_a_bert_stays(bert_kwargs, tmp_path):
+    BertModel(BertConfig(**bert_kwargs)).save_pretrained(tmp_path)
+    config = GamlBertForSequenceClassification.from_pretrained(tmp_path, **POLICIES["entropy"]).config
+    assert (config.exit_strategy, config.exit_threshold) == ("entropy", 0.4)
 
 
 def test_more_than_the_checkpoint_holds_is_an_error(make, bert_kwargs, tmp_path):

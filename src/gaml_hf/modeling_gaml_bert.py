@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import BertModel, BertPreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.bert.modeling_bert import BertPooler
-from transformers.utils import ModelOutput, cached_file
+from transformers.utils import ModelOutput, cached_file, logging
 from transformers.utils.output_capturing import capture_outputs
 
 from .checksums_gaml import verify_weights, weight_files, write_checksum
@@ -24,6 +24,12 @@ from .exiting_gaml import ExitPolicy, policy_from_config
 from .handler import EndpointHandler  # noqa: F401
 from .losses_gaml import cross_entropy_loss, distillation_loss, distillation_pairs, exit_weights, total_loss
 from .pipeline_gaml import GamlTextClassificationPipeline  # noqa: F401
+
+
+logger = logging.get_logger(__name__)
+
+# Chosen or fitted for the exits as they were trained.
+FIELDS_OF_THE_EXITS = ("exit_strategy", "budgeted_exit", "patience", "exit_threshold", "exit_temperatures")
 
 
 @dataclass
@@ -96,6 +102,10 @@ class GamlBertForSequenceClassification(BertPreTrainedModel):
         As [`~transformers.PreTrainedModel.from_pretrained`], from safetensors files alone unless the caller asks for
         pickled weights (`use_safetensors=False`). A checksum in a file, see [`save_pretrained`], is verified.
 
+        For a task of other classes, `num_labels=3, ignore_mismatched_sizes=True` keeps a GAML-BERT's encoder and makes
+        its exits new. The exit policy and temperatures that were chosen for the old ones then go, with a warning, but
+        for those named in this call.
+
         Raises:
             ValueError: the checkpoint lacks a layer, or a GAML-BERT checkpoint lacks anything that the config names.
                 It would answer at random. Or a weights file is damaged or cut short, or an index names a file outside
@@ -124,6 +134,10 @@ class GamlBertForSequenceClassification(BertPreTrainedModel):
                 f"names, the first of them `{missing[0]}`. Load it with the `num_hidden_layers`, `exit_layers` and "
                 "`exit_pooler` it was trained with."
             )
+        new = {key for key, *_ in info["mismatched_keys"]} | set(info["missing_keys"])
+        new = sorted(key for key in new if key.startswith(("exit_", "bert.pooler.")))
+        if is_gaml and new:
+            _forget_the_old_exits(model.config, name, kwargs)
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory, *args, is_main_process: bool = True, **kwargs):
@@ -480,6 +494,26 @@ class GamlBertForSequenceClassification(BertPreTrainedModel):
                 f"`{name}` must lie between 0 and {bound - 1} ({meaning} is {bound}). Row {row} holds "
                 f"{int(values[wrong][0])}."
             )
+
+
+def _forget_the_old_exits(config: GamlBertConfig, name: str | os.PathLike, kwargs: dict) -> None:
+    """Set back what `from_pretrained(name, **kwargs)` took over from exits that it did not take over."""
+    where = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+    stored, _ = type(config).get_config_dict(name, **{key: kwargs[key] for key in where if key in kwargs})
+    fresh = type(config)()
+    gone = []
+    for field in FIELDS_OF_THE_EXITS:
+        value, default = getattr(config, field), getattr(fresh, field)
+        # A `config` does not tell which of its fields were set by hand: those that are not as stored.
+        if field not in kwargs and value != default and value == stored.get(field):
+            setattr(config, field, default)
+            gone.append(f"`{field}={value!r}`")
+    if gone:
+        logger.warning(
+            f"The exits of `{name}` are new, for {config.num_labels} classes. What was chosen for the old ones is "
+            f"gone: {', '.join(gone)}. Choose the policy anew when the exits are trained."
+        )
+    policy_from_config(config)  # or a policy whose parameter is gone would fail after an epoch of training
 
 
 def _verify_weights(name: str | os.PathLike, kwargs: dict) -> None:
