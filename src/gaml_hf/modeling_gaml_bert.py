@@ -3,7 +3,9 @@ BERT with an exit after each layer (Zhu et al., 2021). Start reading at `GamlBer
 """
 
 import os
+import re
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -94,6 +96,7 @@ class GamlBertForSequenceClassification(BertPreTrainedModel):
         )
         if config.exit_pooler == "per_exit":
             self.exit_poolers = nn.ModuleDict({str(m): BertPooler(config) for m in config.exit_layers})
+        self.new_exit_weights: set[str] = set()  # that `from_pretrained` made, until a GamlTrainer has trained them
         self.post_init()
 
     @classmethod
@@ -136,6 +139,7 @@ class GamlBertForSequenceClassification(BertPreTrainedModel):
             )
         new = {key for key, *_ in info["mismatched_keys"]} | set(info["missing_keys"])
         new = sorted(key for key in new if key.startswith(("exit_", "bert.pooler.")))
+        model.new_exit_weights.update(new)
         if is_gaml and new:
             _forget_the_old_exits(model.config, name, kwargs)
         return (model, info) if output_loading_info else model
@@ -223,6 +227,36 @@ class GamlBertForSequenceClassification(BertPreTrainedModel):
         return GamlSequenceClassifierOutput(
             loss=loss, logits=logits, exit_layer=exit_layer, exit_logits=exit_logits, ce_loss=ce_loss, kd_loss=kd_loss
         )
+
+    @property
+    def exit_modules(self) -> list[str]:
+        """
+        Names of the modules that the exits are made of, for `LoraConfig(modules_to_save=model.exit_modules)` of PEFT.
+        """
+        names = [name for name, _ in self.named_modules() if re.fullmatch(r"exit_\w+\.\d+", name)]
+        return names + ["bert.pooler"] * (self.config.exit_pooler == "shared")
+
+    def untrainable_exits(self) -> str | None:
+        """
+        A sentence where exits are new and frozen, as PEFT leaves them by itself: it knows a classifier by its name,
+        and ours by none. They would answer at random, and other ones after each loading.
+        """
+        try:
+            frozen = [key for key in sorted(self.new_exit_weights) if not attrgetter(key)(self).requires_grad]
+        except AttributeError:  # sharded, under other names
+            return None
+        if not frozen:
+            return None
+        return (
+            f"{len(frozen)} weights of exits are new and frozen, the first of them `{frozen[0]}`: they would stay "
+            "random. With PEFT, give `LoraConfig` `modules_to_save=model.exit_modules`, which trains and saves the "
+            "exits; else set `requires_grad` of their parameters, or start from a checkpoint whose exits are trained."
+        )
+
+    def train(self, mode: bool = True):
+        if mode and (sentence := self.untrainable_exits()):  # for stock Trainers; a GamlTrainer refuses
+            logger.warning_once(sentence)
+        return super().train(mode)
 
     def truncate(self, exit_layer: int) -> "GamlBertForSequenceClassification":
         """

@@ -72,10 +72,11 @@ class GamlTrainer(Trainer):
     Raises:
         ValueError: at construction, or when training starts, where alignment would not see the plain gradients
             (DeepSpeed, FSDP and other sharding, `nn.DataParallel`, optimizers that step inside the backward pass,
-            reentrant checkpointing), or where there is a loss beside L^CE (label smoothing, a custom one). At
-            construction with `push_to_hub=True`, where a push would not be complete or would hold a pickle. When
-            training starts, where a dataset is empty, lacks a column, or holds a wrong label, or the checkpoint to
-            resume from is not complete.
+            reentrant checkpointing), or where there is a loss beside L^CE (label smoothing, a custom one); also where
+            exits are new and frozen, see [`~GamlBertForSequenceClassification.exit_modules`]. At construction with
+            `push_to_hub=True`, where a push would not be complete or would hold a pickle. When training starts, where
+            a dataset is empty, lacks a column, or holds a wrong label, or the checkpoint to resume from is not
+            complete.
         FloatingPointError: the loss, the gradient or the weights are no longer finite, on any rank: all ranks stop,
             and nothing is saved after that. Also where an answer in an evaluation or a prediction is not finite.
         OSError: the disk is full. The checkpoints before are as they were.
@@ -316,6 +317,9 @@ class GamlTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def _refuse_unsupported(self) -> None:
+        untrainable_exits = getattr(self.model, "untrainable_exits", None)  # which a PEFT model passes on
+        if untrainable_exits is not None and (sentence := untrainable_exits()):
+            raise ValueError(sentence)
         if not self.aligns:
             return
         optim = self.args.optim.value
@@ -574,6 +578,9 @@ class _TrainingGuard(TrainerCallback):
         self.trainer._refuse_unsupported()
         if state.global_step:  # resumed
             self._resume_stopping(state, control)
+
+    def on_train_end(self, args, state, control, **kwargs: Any):
+        getattr(self.trainer.model, "new_exit_weights", set()).clear()
 
     def _resume_stopping(self, state, control) -> None:
         """What had come to its end does not go on. The stock Trainer forgets what early stopping has counted."""
