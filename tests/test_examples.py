@@ -10,6 +10,8 @@ from itertools import product
 from pathlib import Path
 
 import torch
+from peft import PeftModel
+from torch.testing import assert_close
 from transformers import BertConfig, BertModel
 
 from conftest import hub_environment
@@ -53,7 +55,7 @@ def test_the_examples_run(tmp_path, bert_kwargs, tokenizer, hub_server):
     environment = os.environ | hub_environment(hub_server, HF_TOKEN="hf_user", HF_HOME=str(tmp_path / "home"))
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     blocks = re.findall(r"^```(python|bash)\n(.*?)^```", (ROOT / "docs" / "examples.md").read_text(), re.M | re.S)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     told = []
     for language, code in blocks:
         done = subprocess.run(
@@ -67,11 +69,18 @@ def test_the_examples_run(tmp_path, bert_kwargs, tokenizer, hub_server):
         assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
         told.append(done.stdout)
 
-    predicted, trained, chosen, pushed, loaded = told
+    predicted, trained, adapted, chosen, pushed, loaded = told
     assert re.search(r"^LABEL_[01] \(0\.\d\d\) after layer [234]: a good film$", predicted, re.M)
     assert predicted.count("'exit_layer': 2") >= 2
     assert "must hold more than blanks" in predicted
     assert "mean over exits" in trained
+    exits = 4 * 2 * (32 + 1)
+    assert f"trainable params: {4 * 2 * 2 * 8 * 32 + exits:,} " in adapted  # A and B of two matrices in each layer
+    merged = GamlBertForSequenceClassification.from_pretrained(tmp_path / "out" / "films-lora")
+    random = GamlBertForSequenceClassification.from_pretrained(backbone)
+    adapters = PeftModel.from_pretrained(random, tmp_path / "out" / "lora").eval()
+    batch = tokenizer(["the film is good ."], return_tensors="pt") | {"output_exit_logits": True}
+    assert_close(merged(**batch).exit_logits, adapters(**batch).exit_logits)
     threshold = float(re.search(r"OperatingPoint\(exit_strategy='entropy', parameter=([\d.]+)", chosen)[1])
     assert pushed.split()[-1] == hub_server.repo("user/films").branches["main"]
     assert hub_server.repo("user/films-show", "space").private

@@ -51,6 +51,8 @@ each_policy = mark.parametrize("policy", [policy for policy, _ in RULES], ids=la
 def test_replay_agrees_with_the_rule(policy, rule, num_labels):
     exit_logits = 2 * torch.randn(100, 12, num_labels)
     assert policy.replay(exit_logits).tolist() == [rule(row) for row in exit_logits.tolist()]
+    of_one_depth = isinstance(policy, FullDepth | Budgeted)
+    assert policy.fixed_exit(12) == (rule(exit_logits[0].tolist()) if of_one_depth else None)
 
 
 @each_policy

@@ -46,9 +46,9 @@ def test_running_statistics_are_those_of_all_rows_each_step_weighing_less_with_i
     torch.manual_seed(1)
     steps = [3 + 2 * torch.randn(50, 4, dtype=torch.float64) for _ in range(5)]
     norm = RunningNorm(4).double()
-    norm.update(steps[0].mean(0), steps[0].var(0, correction=0), momentum=1.0)
+    norm.blend(steps[0].mean(0), steps[0].var(0, correction=0), momentum=1.0)
     for step in steps[1:]:
-        norm.update(step.mean(0), step.var(0, correction=0), momentum=0.25)
+        norm.blend(step.mean(0), step.var(0, correction=0), momentum=0.25)
     shares = [0.75**4] + [0.25 * 0.75 ** (4 - i) for i in range(1, 5)]
     assert sum(shares) == approx(1)
     for feature in range(4):
@@ -61,11 +61,11 @@ def test_running_statistics_are_those_of_all_rows_each_step_weighing_less_with_i
 
 def test_a_step_that_is_not_finite_and_a_feature_that_never_varies_do_no_harm():
     norm = RunningNorm(2)
-    norm.update(tensor([1.0, 2.0]), tensor([4.0, 0.0]), momentum=1.0)
-    norm.update(tensor([math.nan, 2.0]), tensor([1.0, 1.0]), momentum=0.5)
+    norm.blend(tensor([1.0, 2.0]), tensor([4.0, 0.0]), momentum=1.0)
+    norm.blend(tensor([math.nan, 2.0]), tensor([1.0, 1.0]), momentum=0.5)
     assert norm.mean.tolist() == [1.0, 2.0]
     assert_close(norm(tensor([[3.0, 2.0], [1.0, 2.0]])), tensor([[1.0, 0.0], [0.0, 0.0]]), atol=1e-5, rtol=0)
-    norm.update(tensor([1.0, 2.0]), tensor([0.0, 0.0]), momentum=1.0)
+    norm.blend(tensor([1.0, 2.0]), tensor([0.0, 0.0]), momentum=1.0)
     assert norm(tensor([[1.0, 2.0]])).tolist() == [[0.0, 0.0]]
 
 

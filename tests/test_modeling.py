@@ -4,10 +4,13 @@ The model: stock BERT is the yardstick for what it computes, one row at a time f
 The exit policies themselves are tested in test_exiting.py, the losses in test_losses.py.
 """
 
+import io
 import re
 from concurrent.futures import ThreadPoolExecutor
+from warnings import catch_warnings
 
 import torch
+from onnxruntime import InferenceSession
 from pytest import approx, fixture, mark, raises
 from safetensors.torch import load_file, save_file
 from torch import tensor
@@ -61,7 +64,7 @@ def make(bert_kwargs):
         model = GamlBertForSequenceClassification(config).eval()
         for module in model.modules():
             if isinstance(module, RunningNorm):  # as after some steps
-                module.update(0.3 * torch.randn(32), 0.2 + torch.rand(32), momentum=1.0)
+                module.blend(0.3 * torch.randn(32), 0.2 + torch.rand(32), momentum=1.0)
         return model
 
     return make
@@ -479,26 +482,66 @@ def test_training_compiles_in_one_graph(make, batch):
     assert_close(compiled.loss, model(**batch, labels=labels).loss)
 
 
-def test_a_trace_cannot_bake_one_path_in(make, batch):
-    """Defect 7: traced with early exits, other rows went the example's way. With all exits, a trace is right."""
+class Answers(torch.nn.Module):
+    """The model as a graph needs it: positional tensors in, a tuple out."""
 
-    class AllExits(torch.nn.Module):
-        def __init__(self, model):
-            super().__init__()
-            self.model = model
+    def __init__(self, model, **options):
+        super().__init__()
+        self.model, self.options = model, options
+        self.eval()
 
-        def forward(self, input_ids, attention_mask):
-            return self.model(input_ids, attention_mask, output_exit_logits=True).exit_logits
+    def forward(self, input_ids, attention_mask, token_type_ids):
+        output = self.model(input_ids, attention_mask, token_type_ids, **self.options)
+        return output.logits, output.exit_layer
 
-    model = make(**POLICIES["patience"])
-    inputs = (batch["input_ids"], batch["attention_mask"])
-    with raises(ValueError, match=r"Export with `output_exit_logits=True`"):
-        torch.export.export(model, inputs)
-    exported = torch.export.export(AllExits(model), inputs).module()
-    other = tuple(values.flip(0) for values in inputs)
-    expected = model(*other)
-    position = Patience(1).replay(exported(*other))
-    assert_close(position + 1, expected.exit_layer)
+
+def traced(model, example):
+    return torch.jit.trace(model, example, check_trace=False)
+
+
+def onnx_exported(model, example):
+    names, file, free = ["input_ids", "attention_mask", "token_type_ids"], io.BytesIO(), {0: "rows", 1: "tokens"}
+    axes = dict.fromkeys(names, free)
+    torch.onnx.export(model, example, file, dynamo=False, input_names=names, dynamic_axes=axes, opset_version=17)
+    session = InferenceSession(file.getvalue())
+    return lambda *inputs: map(
+        torch.from_numpy, session.run(None, {name: x.numpy() for name, x in zip(names, inputs, strict=True)})
+    )
+
+
+def exported(model, example):
+    example = tuple(x.expand(2, -1) for x in example)  # with one row, torch.export takes the number for a constant
+    free = {0: torch.export.Dim("rows"), 1: torch.export.Dim("tokens", max=64)}
+    return torch.export.export(model, example, dynamic_shapes=(free,) * 3).module()
+
+
+@mark.filterwarnings("ignore")  # tracing tells that it traces, and that it is deprecated
+@mark.parametrize("to_graph", [traced, onnx_exported, exported])
+@mark.parametrize(
+    ("policy", "options"),
+    [("none", {}), ("budgeted", {})]
+    + [(x, {"output_exit_logits": True}) for x in ("budgeted", "patience", "entropy")],
+)
+def test_a_graph_answers_each_row_as_eager_does(to_graph, policy, options, make, batch):
+    """From an example of one row without padding, for other numbers of rows and tokens."""
+    model = Answers(make(num_hidden_layers=3, **POLICIES[policy]), **options)
+    with torch.no_grad():
+        graph = to_graph(model, tuple(alone(batch, 0).values()))
+        for other in (batch, rows_of(batch, slice(3, 5)), alone(batch, 7)):
+            (logits, exit_layer), (expected, expected_layer) = graph(*other.values()), model(*other.values())
+            assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+            assert exit_layer.equal(expected_layer)
+
+
+def test_a_graph_has_no_decisions(make, batch):
+    """Traced with its own exits, it would send other rows the example's way."""
+    for policy, name in (("patience", "Patience"), ("max_prob", "MaxProb")):
+        for to_graph in (traced, exported):
+            with (
+                catch_warnings(action="ignore"),
+                raises(ValueError, match=f"{name} lets each row .* `output_exit_logits=True`"),
+            ):
+                to_graph(Answers(make(**POLICIES[policy])), tuple(alone(batch, 0).values()))
 
 
 def test_gradient_checkpointing_is_exact(make, batch):
@@ -593,6 +636,37 @@ def test_weights_of_another_size_are_an_error(make, tmp_path):
     for changes in ({"num_labels": 5}, {"hidden_size": 64}, {"vocab_size": 99}):
         with raises(RuntimeError, match="ignore_mismatched_sizes"):  # upstream's
             GamlBertForSequenceClassification.from_pretrained(tmp_path, **changes)
+
+
+@mark.parametrize("auto", [GamlBertForSequenceClassification, AutoModelForSequenceClassification])
+def test_new_exits_keep_nothing_that_was_chosen_for_the_old(auto, make, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    old = {"exit_temperatures": [2.0, 1.0, 0.5, 1.5], **POLICIES["entropy"]}
+    make(alpha=0.7, **old).save_pretrained(tmp_path)
+    new_task = {"num_labels": 5, "ignore_mismatched_sizes": True}
+    config = auto.from_pretrained(tmp_path, **new_task).config
+    fresh = GamlBertConfig()
+    for field in ("exit_strategy", "exit_threshold", "exit_temperatures"):
+        assert getattr(config, field) == getattr(fresh, field)
+    assert config.alpha == 0.7  # how it is trained stays
+    told = [record.getMessage() for record in caplog.records if "are new, for 5 classes" in record.getMessage()]
+    gone = "`exit_strategy='entropy'`, `exit_threshold=0.4`, `exit_temperatures=[2.0, 1.0, 0.5, 1.5]`"
+    assert [gone in message for message in told] == [True]
+
+    config = auto.from_pretrained(tmp_path, **new_task, **POLICIES["patience"]).config  # the caller's own
+    assert (config.exit_strategy, config.patience, config.exit_threshold) == ("patience", 1, None)
+    with raises(ValueError, match="`exit_threshold` must be a number"):
+        auto.from_pretrained(tmp_path, **new_task, exit_strategy="max_prob")
+    caplog.clear()
+    config = auto.from_pretrained(tmp_path, ignore_mismatched_sizes=True).config  # nothing is new
+    assert {field: getattr(config, field) for field in old} == old
+    assert "are new" not in caplog.text
+
+
+def test_a_policy_for_the_new_exits_of_a_bert_stays(bert_kwargs, tmp_path):
+    BertModel(BertConfig(**bert_kwargs)).save_pretrained(tmp_path)
+    config = GamlBertForSequenceClassification.from_pretrained(tmp_path, **POLICIES["entropy"]).config
+    assert (config.exit_strategy, config.exit_threshold) == ("entropy", 0.4)
 
 
 def test_more_than_the_checkpoint_holds_is_an_error(make, bert_kwargs, tmp_path):

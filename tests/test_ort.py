@@ -38,7 +38,7 @@ def make_model(bert_kwargs, **changes) -> GamlBertForSequenceClassification:
                 weight += 0.1 * torch.randn_like(weight)
         for module in model.modules():
             if isinstance(module, RunningNorm):  # as after some steps
-                module.update(0.3 * torch.randn(32), 0.2 + torch.rand(32), momentum=1.0)
+                module.blend(0.3 * torch.randn(32), 0.2 + torch.rand(32), momentum=1.0)
     return model
 
 

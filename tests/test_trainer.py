@@ -7,13 +7,14 @@ from functools import cache
 import torch
 import transformers
 from packaging.version import Version
-from pytest import approx, mark, raises
+from peft import LoraConfig, PeftModel, get_peft_model
+from pytest import approx, fixture, mark, raises
 from torch.nn import functional as F
 from torch.testing import assert_close
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import BertConfig, BertModel, Trainer, TrainerCallback, TrainingArguments
 
-from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification, GamlTrainer
+from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification, GamlTrainer, modeling_gaml_bert
 from gaml_hf.alignment import RELATIVE_FLOOR
 from gaml_hf.configuration_gaml_bert import PAPER_LETTER
 from gaml_hf.evaluation import ExitMetrics
@@ -432,6 +433,94 @@ class DuringAccumulation(TrainerCallback):
 
     def on_substep_end(self, *args, **kwargs):
         self.action()
+
+
+ACCUMULATED = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+
+
+@fixture
+def bert(tmp_path):
+    """A folder with a plain BERT, from which a model's exits are new."""
+    config = make_model().config
+    sizes = {name: getattr(config, name) for name in BertConfig().to_dict() if hasattr(config, name)}
+    BertModel(BertConfig(**sizes | {"model_type": "bert"})).save_pretrained(tmp_path / "bert")
+    return tmp_path / "bert"
+
+
+def from_bert(bert, **changes):
+    torch.manual_seed(11)
+    return GamlBertForSequenceClassification.from_pretrained(bert, num_labels=3, **changes)
+
+
+def logits_of(model):
+    batch = {key: values for key, values in vars(Rows()).items() if key != "labels"}
+    with torch.no_grad():
+        return model.eval()(**batch, output_exit_logits=True).exit_logits
+
+
+LORA = {"task_type": "SEQ_CLS", "target_modules": ["query", "value"]}
+
+
+@mark.parametrize("mode", ["none", "soft"])
+@mark.parametrize("exit_pooler", ["none", "shared", "per_exit"])
+def test_lora(tmp_path, bert, mode, exit_pooler):
+    base = from_bert(bert, ga_mode=mode, exit_pooler=exit_pooler)
+    keys = base.state_dict().keys()
+    model = get_peft_model(base, LoraConfig(**LORA, modules_to_save=base.exit_modules))
+    before, random = weights_of(model), logits_of(model)
+    trainer = make_trainer(tmp_path / "out", model, save_strategy="steps", save_steps=1)
+    trainer.train()
+    moved = {name for name, weight in weights_of(model).items() if not weight.equal(before[name])}
+    assert moved == {name for name, weight in model.named_parameters() if weight.requires_grad}
+    assert len([name for name in moved if "exit_classifiers" in name]) == 2 * LAYERS
+    expected = logits_of(model)
+    assert (expected - random).abs().max() > 0.1
+
+    torch.manual_seed(3)  # other random exits
+    again = GamlBertForSequenceClassification.from_pretrained(bert, num_labels=3, exit_pooler=exit_pooler)
+    assert_close(logits_of(PeftModel.from_pretrained(again, tmp_path / "out" / "checkpoint-3")), expected)
+    merged = model.merge_and_unload()
+    assert merged.state_dict().keys() == keys
+    merged.save_pretrained(tmp_path / "merged")
+    loaded = GamlBertForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert_close(logits_of(loaded), expected, rtol=1e-4, atol=1e-5)
+
+
+FROZEN = {
+    "by the book": lambda model: get_peft_model(model, LoraConfig(**LORA)),
+    "adapters on random exits": lambda model: get_peft_model(
+        model, LoraConfig(task_type="SEQ_CLS", target_modules="all-linear")
+    ),
+    "by hand": lambda model: model.requires_grad_(False),
+    "one of them": lambda model: model.exit_classifiers["2"].requires_grad_(False) and model,
+}
+
+
+@mark.parametrize("how", FROZEN)
+def test_exits_that_would_stay_random_are_refused(tmp_path, bert, monkeypatch, how):
+    model = FROZEN[how](from_bert(bert))
+    first, count = ("2.bias", 2) if how == "one of them" else ("1.bias", 6)
+    sentence = f"{count} weights of exits are new and frozen, the first of them `exit_classifiers.{first}`"
+    with raises(ValueError, match=sentence) as error:
+        make_trainer(tmp_path, model)
+    assert "modules_to_save=model.exit_modules" in str(error.value)
+    told = []
+    monkeypatch.setattr(modeling_gaml_bert.logger, "warning_once", told.append)
+    model.eval()
+    assert told == []
+    model.train()  # as a stock Trainer does
+    assert told == [str(error.value)]
+
+
+def test_exits_that_are_trained_may_be_frozen(tmp_path, bert):
+    model = from_bert(bert)
+    make_trainer(tmp_path, model).train()
+    model.exit_classifiers.requires_grad_(False)
+    make_trainer(tmp_path, model).train()
+    model.save_pretrained(tmp_path / "trained")
+    loaded = GamlBertForSequenceClassification.from_pretrained(tmp_path / "trained")
+    loaded.exit_classifiers.requires_grad_(False)
+    make_trainer(tmp_path, loaded).train()
 
 
 def test_evaluation_does_not_disturb_an_accumulation(tmp_path):

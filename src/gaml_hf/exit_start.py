@@ -68,7 +68,7 @@ def input_variation(states: Tensor) -> list[float]:
 def set_exit_norms(model: nn.Module, states: Tensor) -> None:
     """Scale each exit's input by the mean and variance of `states`, `(num_rows, num_exits, hidden_size)`."""
     for i, norm in enumerate(model.exit_norms.values()):
-        norm.update(states[:, i].mean(dim=0), states[:, i].var(dim=0, correction=0), momentum=1.0)
+        norm.blend(states[:, i].mean(dim=0), states[:, i].var(dim=0, correction=0), momentum=1.0)
 
 
 @torch.no_grad()

@@ -72,6 +72,19 @@ class ExitPolicy:
         guess = len(exit_logits) >= MIN_ROWS_TO_GUESS
         return torch.full(exit_logits.shape[:1], guess, dtype=torch.bool, device=exit_logits.device)
 
+    def fixed_exit(self, num_exits: int) -> int | None:
+        """
+        Where a graph without decisions, traced or exported, may stop.
+
+        Args:
+            num_exits (`int`): of the model.
+
+        Returns:
+            `int`, *optional*: 0-based position of the exit at which every row leaves, whatever its (finite) logits.
+            `None` where the logits decide, as here.
+        """
+        return None
+
     def __call__(self, exit_logits: Tensor) -> Tensor:
         # Every comparison with NaN is False: without this a row with broken logits would run on to the last exit.
         broken = ~torch.isfinite(exit_logits[:, -1]).all(dim=-1)
@@ -106,6 +119,9 @@ class FullDepth(ExitPolicy):
 
     may_exit = should_exit
 
+    def fixed_exit(self, num_exits: int) -> int:
+        return num_exits - 1
+
 
 @register
 class Budgeted(ExitPolicy):
@@ -132,12 +148,16 @@ class Budgeted(ExitPolicy):
         return cls(config.exit_layers.index(config.budgeted_exit) + 1)
 
     def should_exit(self, exit_logits: Tensor) -> Tensor:
-        leave = exit_logits.shape[1] >= self.num_exits
-        return torch.full(exit_logits.shape[:1], leave, dtype=torch.bool, device=exit_logits.device)
+        # Not `torch.full`: in a trace the comparison is a tensor, with which ONNX fills nothing.
+        fill = torch.ones if exit_logits.shape[1] >= self.num_exits else torch.zeros
+        return fill(exit_logits.shape[:1], dtype=torch.bool, device=exit_logits.device)
 
     def may_exit(self, exit_logits: Tensor) -> Tensor:
         leave = exit_logits.shape[1] + 1 >= self.num_exits
         return torch.full(exit_logits.shape[:1], leave, dtype=torch.bool, device=exit_logits.device)
+
+    def fixed_exit(self, num_exits: int) -> int:
+        return min(self.num_exits, num_exits) - 1
 
 
 @register

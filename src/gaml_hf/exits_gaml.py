@@ -67,7 +67,7 @@ class RunningNorm(nn.Module):
         return ((state - self.mean) * self.scale()).to(state.dtype)
 
     @torch.no_grad()
-    def update(self, mean: Tensor, variance: Tensor, momentum: float) -> None:
+    def blend(self, mean: Tensor, variance: Tensor, momentum: float) -> None:
         """
         Move towards the statistics of a step: those of the mixture of both, weighing `1 - momentum` and `momentum`.
 

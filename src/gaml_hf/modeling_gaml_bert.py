@@ -3,7 +3,9 @@ BERT with an exit after each layer (Zhu et al., 2021). Start reading at `GamlBer
 """
 
 import os
+import re
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -28,6 +30,10 @@ from .pipeline_gaml import GamlTextClassificationPipeline  # noqa: F401
 
 
 logger = logging.get_logger(__name__)
+
+# Chosen or fitted for the exits as they were trained, and for their classes.
+FIELDS_OF_THE_EXITS = ("exit_strategy", "budgeted_exit", "patience", "exit_threshold", "exit_temperatures")
+FIELDS_OF_THE_EXITS += ("class_weights",)
 
 
 @dataclass
@@ -97,8 +103,9 @@ class GamlBertForSequenceClassification(BertPreTrainedModel):
             self.exit_poolers = nn.ModuleDict({str(m): BertPooler(config) for m in config.exit_layers})
         if config.exit_norm == "running":
             self.exit_norms = nn.ModuleDict({str(m): RunningNorm(config.hidden_size) for m in config.exit_layers})
-        self.exits_are_new = True  # not trained yet; see `from_pretrained`
+        self.exits_are_new = True  # until a GamlTrainer has begun to train them, or trained ones are loaded
         self.last_exit_alone = False  # whether the others do not learn now; see `mixed_training`
+        self.new_exit_weights: set[str] = set()  # that `from_pretrained` made, until a GamlTrainer has trained them
         self.post_init()
 
     @torch.no_grad()
@@ -113,6 +120,10 @@ class GamlBertForSequenceClassification(BertPreTrainedModel):
         """
         As [`~transformers.PreTrainedModel.from_pretrained`], from safetensors files alone unless the caller asks for
         pickled weights (`use_safetensors=False`). A checksum in a file, see [`save_pretrained`], is verified.
+
+        For a task of other classes, `num_labels=3, ignore_mismatched_sizes=True` keeps a GAML-BERT's encoder and makes
+        its exits new. The exit policy and temperatures that were chosen for the old ones then go, with a warning, but
+        for those named in this call.
 
         Raises:
             ValueError: the checkpoint lacks a layer, or a GAML-BERT checkpoint lacks anything that the config names.
@@ -142,7 +153,12 @@ class GamlBertForSequenceClassification(BertPreTrainedModel):
                 f"names, the first of them `{missing[0]}`. Load it with the `num_hidden_layers`, `exit_layers` and "
                 "`exit_pooler` it was trained with."
             )
-        model.exits_are_new = not is_gaml
+        new = {key for key, *_ in info["mismatched_keys"]} | set(info["missing_keys"])
+        new = sorted(key for key in new if key.startswith(("exit_", "bert.pooler.")))
+        model.exits_are_new = bool(new)
+        model.new_exit_weights.update({key for key, _ in model.named_parameters()} & set(new))
+        if is_gaml and new:
+            _forget_the_old_exits(model.config, name, kwargs)
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory, *args, is_main_process: bool = True, **kwargs):
@@ -178,6 +194,10 @@ class GamlBertForSequenceClassification(BertPreTrainedModel):
         In evaluation mode, rows leave as the exit policy decides, and layers run only for the rows still there.
         Training, a loss, `output_*` and a hook on a layer need every layer: then all run, and the policy's decisions
         are replayed.
+
+        Traced or exported (`torch.jit.trace`, `torch.onnx.export`, `torch.export`), the graph holds for any number of
+        rows and tokens. It is of one depth where the policy is (`"none"`, `"budgeted"`); the others need
+        `output_exit_logits=True`. It keeps none of the checks below.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): token ids, [CLS] first.
@@ -228,8 +248,10 @@ class GamlBertForSequenceClassification(BertPreTrainedModel):
                 )
         else:
             position = (exit_policy or policy_from_config(self.config)).replay(exit_logits)  # (batch_size,)
-            logits = exit_logits[torch.arange(len(position), device=position.device), position]
-            exit_layer = position.new_tensor(self.config.exit_layers)[position]
+            # No `len`, no `arange`: a traced or exported graph would keep the example's number of rows.
+            chosen = position[:, None, None].expand(-1, 1, self.config.num_labels)
+            logits = exit_logits.gather(1, chosen).squeeze(1)  # (batch_size, num_labels)
+            exit_layer = position.new_tensor(self.config.exit_layers).index_select(0, position)
         loss = ce_loss = kd_loss = None
         if labels is not None:
             loss, ce_loss, kd_loss = self._losses(exit_logits, labels, smoothing)
@@ -242,6 +264,36 @@ class GamlBertForSequenceClassification(BertPreTrainedModel):
             ce_loss=ce_loss,
             kd_loss=kd_loss,
         )
+
+    @property
+    def exit_modules(self) -> list[str]:
+        """
+        Names of the modules that the exits are made of, for `LoraConfig(modules_to_save=model.exit_modules)` of PEFT.
+        """
+        names = [name for name, _ in self.named_modules() if re.fullmatch(r"exit_\w+\.\d+", name)]
+        return names + ["bert.pooler"] * (self.config.exit_pooler == "shared")
+
+    def untrainable_exits(self) -> str | None:
+        """
+        A sentence where exits are new and frozen, as PEFT leaves them by itself: it knows a classifier by its name,
+        and ours by none. They would answer at random, and other ones after each loading.
+        """
+        try:
+            frozen = [key for key in sorted(self.new_exit_weights) if not attrgetter(key)(self).requires_grad]
+        except AttributeError:  # sharded, under other names
+            return None
+        if not frozen:
+            return None
+        return (
+            f"{len(frozen)} weights of exits are new and frozen, the first of them `{frozen[0]}`: they would stay "
+            "random. With PEFT, give `LoraConfig` `modules_to_save=model.exit_modules`, which trains and saves the "
+            "exits; else set `requires_grad` of their parameters, or start from a checkpoint whose exits are trained."
+        )
+
+    def train(self, mode: bool = True):
+        if mode and (sentence := self.untrainable_exits()):  # for stock Trainers; a GamlTrainer refuses
+            logger.warning_once(sentence)
+        return super().train(mode)
 
     def truncate(self, exit_layer: int) -> "GamlBertForSequenceClassification":
         """
@@ -335,13 +387,19 @@ class GamlBertForSequenceClassification(BertPreTrainedModel):
         """Logits of exit m, `f_m` before its softmax: `(batch_size, hidden_size)` to `(batch_size, num_labels)`."""
         return self._classify(m, self._transform(m, pooled))
 
-    def _run_all_exits(self, hidden_states: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Of every exit, the logits `(batch_size, num_exits, num_labels)`, and the states that it scaled."""
+    def _run_all_exits(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, exit_layers: list[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """
+        Of all exits, or of those after `exit_layers` and no layer above: the logits `(batch_size, num_exits,
+        num_labels)`, and the states that were scaled for them.
+        """
+        exit_layers = exit_layers or self.config.exit_layers
         layer_mask = self._layer_mask(hidden_states, attention_mask)
         exit_logits, exit_states = [], []
-        for m in range(1, self.config.num_hidden_layers + 1):
+        for m in range(1, exit_layers[-1] + 1):
             hidden_states = self._run_layer(m, hidden_states, layer_mask)
-            if m in self.config.exit_layers:
+            if m in exit_layers:
                 exit_states.append(self._transform(m, self._pool(hidden_states, attention_mask)))
                 exit_logits.append(self._classify(m, exit_states[-1]))
                 if self.config.stop_gradient_between_exits:  # SWEET: no layer has a gradient from two exits
@@ -353,10 +411,7 @@ class GamlBertForSequenceClassification(BertPreTrainedModel):
     ) -> tuple[Tensor, Tensor]:
         """Dynamic exiting (Sec. 2.2.2) for a whole batch: rows that leave are dropped, so no row waits for another."""
         if torch.jit.is_tracing() or torch.compiler.is_exporting():
-            raise ValueError(
-                "A traced or exported model would send every row the way its example went. Export with "
-                "`output_exit_logits=True`, which runs all exits, and let `ExitPolicy.replay` decide."
-            )
+            return self._exit_at_one_layer(hidden_states, attention_mask, policy)
         run_layer, run_cls, run_rest = self._layer_functions
         last = self.config.num_hidden_layers
         batch_size, length, _ = hidden_states.shape
@@ -410,6 +465,21 @@ class GamlBertForSequenceClassification(BertPreTrainedModel):
         logits = torch.cat([answer for _, answer, _ in left])
         # From the order in which rows left to that of the batch.
         return logits.index_copy(0, order, logits), exit_layer.index_copy(0, order, exit_layer)
+
+    def _exit_at_one_layer(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, policy: ExitPolicy
+    ) -> tuple[Tensor, Tensor]:
+        """What `_exit_early` gives, as a graph without decisions, for a policy that takes none."""
+        position = policy.fixed_exit(self.config.num_exits)
+        if position is None:
+            raise ValueError(
+                "A traced or exported model would send every row the way its example went, and "
+                f"{type(policy).__name__} lets each row go its own. Export with `output_exit_logits=True`, which runs "
+                'all exits and replays the policy, or at one depth, with `exit_strategy="none"` or `"budgeted"`.'
+            )
+        exit_layer = self.config.exit_layers[position]
+        logits = self._run_all_exits(hidden_states, attention_mask, [exit_layer])[0][:, 0]
+        return logits, torch.full_like(logits[:, 0], exit_layer, dtype=torch.int64)
 
     def prepack(self) -> "GamlBertForSequenceClassification":
         """
@@ -496,6 +566,8 @@ class GamlBertForSequenceClassification(BertPreTrainedModel):
         self, input_ids, inputs_embeds, attention_mask, token_type_ids, labels, output_attentions
     ) -> None:
         """One clear error for what would otherwise fail deep inside, or quietly give a wrong answer."""
+        if torch.jit.is_tracing():  # a trace keeps no check, and warns of each
+            return
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
         inputs, name, dim = (
@@ -554,6 +626,26 @@ class GamlBertForSequenceClassification(BertPreTrainedModel):
                 f"`{name}` must lie between 0 and {bound - 1} ({meaning} is {bound}). Row {row} holds "
                 f"{int(values[wrong][0])}."
             )
+
+
+def _forget_the_old_exits(config: GamlBertConfig, name: str | os.PathLike, kwargs: dict) -> None:
+    """Set back what `from_pretrained(name, **kwargs)` took over from exits that it did not take over."""
+    where = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+    stored, _ = type(config).get_config_dict(name, **{key: kwargs[key] for key in where if key in kwargs})
+    fresh = type(config)()
+    gone = []
+    for field in FIELDS_OF_THE_EXITS:
+        value, default = getattr(config, field), getattr(fresh, field)
+        # A `config` does not tell which of its fields were set by hand: those that are not as stored.
+        if field not in kwargs and value != default and value == stored.get(field):
+            setattr(config, field, default)
+            gone.append(f"`{field}={value!r}`")
+    if gone:
+        logger.warning(
+            f"The exits of `{name}` are new, for {config.num_labels} classes. What was chosen for the old ones is "
+            f"gone: {', '.join(gone)}. Choose the policy anew when the exits are trained."
+        )
+    policy_from_config(config)  # or a policy whose parameter is gone would fail after an epoch of training
 
 
 def _verify_weights(name: str | os.PathLike, kwargs: dict) -> None:

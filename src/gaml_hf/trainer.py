@@ -100,11 +100,11 @@ class GamlTrainer(Trainer):
     Raises:
         ValueError: at construction, or when training starts, where alignment would not see the plain gradients
             (DeepSpeed, FSDP and other sharding, `nn.DataParallel`, optimizers that step inside the backward pass,
-            reentrant checkpointing), or where `compute_loss_func` would leave exits or `class_weights` out. At
-            construction with `push_to_hub=True`, where a push would not be complete or would hold a pickle. When
-            training starts, where a dataset is empty, lacks a column, or holds a wrong label, or the checkpoint to
-            resume from is not complete. In the first step, where a `compute_loss` of a subclass leaves exits or the
-            alignment out.
+            reentrant checkpointing), where `compute_loss_func` would leave exits or `class_weights` out, or where
+            exits are new and frozen, see [`~GamlBertForSequenceClassification.exit_modules`]. At construction with
+            `push_to_hub=True`, where a push would not be complete or would hold a pickle. When training starts, where
+            a dataset is empty, lacks a column, or holds a wrong label, or the checkpoint to resume from is not
+            complete. In the first step, where a `compute_loss` of a subclass leaves exits or the alignment out.
         FloatingPointError: the loss, the gradient or the weights are no longer finite, on any rank: all ranks stop,
             and nothing is saved after that. Also where an answer in an evaluation or a prediction is not finite.
         OSError: the disk is full. The checkpoints before are as they were.
@@ -201,7 +201,7 @@ class GamlTrainer(Trainer):
         norms = self._bare_model.exit_norms.values()
         shift, square = (moments[1:] / moments[0]).chunk(2)
         for norm, d, s in zip(norms, shift, square, strict=True):
-            norm.update(norm.mean + d, s - d.square(), NORM_MOMENTUM)
+            norm.blend(norm.mean + d, s - d.square(), NORM_MOMENTUM)
 
     def _start_exits(self, exit_layers: list[int] | None = None) -> None:
         """
@@ -496,6 +496,9 @@ class GamlTrainer(Trainer):
                 "`compute_loss_func` takes the place of the loss of all exits (Eq. 1) and of `class_weights`, and is "
                 f"for models that train their last exit alone. {OTHER_LOSSES}"
             )
+        untrainable_exits = getattr(self.model, "untrainable_exits", None)  # which a PEFT model passes on
+        if untrainable_exits is not None and (sentence := untrainable_exits()):
+            raise ValueError(sentence)
         if not self.aligns:
             return
         optim = self.args.optim.value
@@ -767,6 +770,9 @@ class _TrainingGuard(TrainerCallback):
         model.last_exit_alone = state.global_step < first
         if first and state.global_step == first and model.config.exit_warm_start:
             trainer._start_exits(model.config.exit_layers[:-1])
+
+    def on_train_end(self, args, state, control, **kwargs: Any):
+        getattr(self.trainer.model, "new_exit_weights", set()).clear()
 
     def _resume_stopping(self, state, control) -> None:
         """What had come to its end does not go on. The stock Trainer forgets what early stopping has counted."""
