@@ -180,7 +180,7 @@ class GamlArguments:
     )
     exit_pooler: str | None = field(default=None, metadata={"help": "none, shared or per_exit."})
     exit_norm: str | None = field(
-        default=None, metadata={"help": "What scales an exit's input: running, layer, or none (the paper)."}
+        default=None, metadata={"help": "What scales an exit's input: none (the paper), or layer."}
     )
     exit_learning_rate_multiplier: float | None = field(
         default=None, metadata={"help": "The exits' learning rate, in times the encoder's; 1 in the paper."}

@@ -42,11 +42,10 @@ from gaml_hf.glue import GLUE_TASKS, get_task
 LEARNING_RATES, BATCH_SIZES = (1e-5, 2e-5, 3e-5, 5e-5), (16, 32, 128)
 WARMUPS, GRID_ALPHAS = (0.8, 1.0, 1.2), (0.1, 0.2, 0.3, 0.5, 0.8)
 
-# What an exit reads, how it is scaled, how fast it learns and where it starts: from the paper's exits to ours, each
-# ingredient alone, and together with one of them changed.
+# What an exit reads, how fast it learns and where it starts: from the paper's exits to ours, each ingredient alone and
+# all together with one of them changed.
 LEARNING = {
     "exit_pooling": "mean",
-    "exit_norm": "running",
     "exit_learning_rate_multiplier": 10.0,
     "exit_warm_start": True,
 }
@@ -54,12 +53,9 @@ EXIT_VARIANTS = [
     {},
     *({name: value} for name, value in LEARNING.items()),
     LEARNING | {"exit_pooling": "cls"},
-    LEARNING | {"exit_norm": "none"},
     LEARNING | {"exit_norm": "layer"},
     LEARNING | {"exit_learning_rate_multiplier": 1.0},
     LEARNING | {"exit_warm_start": False},
-    LEARNING | {"exit_warm_start": False, "exit_norm": "none"},
-    LEARNING | {"exit_warm_start": False, "exit_norm": "layer"},
     LEARNING,
 ]
 

@@ -132,7 +132,7 @@ class Run:
     max_length: int = 128
     bf16: bool = False
     exit_pooling: str = PAPER_LETTER["exit_pooling"]
-    exit_norm: str = PAPER_LETTER["exit_norm"]
+    exit_norm: str = "none"
     exit_learning_rate_multiplier: float = PAPER_LETTER["exit_learning_rate_multiplier"]
     exit_warm_start: bool = PAPER_LETTER["exit_warm_start"]
     stop_gradient_between_exits: bool = False

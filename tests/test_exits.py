@@ -4,7 +4,6 @@ import json
 import logging
 import math
 
-import numpy as np
 import torch
 from pytest import approx, fixture, mark, raises
 from sklearn.linear_model import LogisticRegression
@@ -16,9 +15,8 @@ from transformers import BertConfig, BertModel
 from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification
 from gaml_hf.configuration_gaml_bert import PAPER_LETTER
 from gaml_hf.evaluation import one_class_exits, warn_of_one_class
-from gaml_hf.exit_start import INVERSE_REGULARIZATION, input_variation, set_exit_norms, warm_start
-from gaml_hf.exits_gaml import RunningNorm, mean_over_tokens
-from gaml_hf.trainer import NORM_MOMENTUM
+from gaml_hf.exit_start import INVERSE_REGULARIZATION, input_variation, warm_start
+from gaml_hf.exits_gaml import mean_over_tokens
 from test_trainer import ALPHA, EXIT_WEIGHTS, LAYERS, LEARNING, LEARNING_RATE, ROWS, Rows, make_model, make_trainer
 
 
@@ -37,94 +35,6 @@ def test_half_precision_is_summed_in_float32():
     ones = torch.ones(1, 4096, 1, dtype=torch.float16)
     assert mean_over_tokens(ones, torch.ones(1, 4096)).tolist() == [[1.0]]
     assert mean_over_tokens(ones, None).dtype == torch.float16
-
-
-# ------------------------------------------------------------------------------------------------------------- scaling
-
-
-def test_running_statistics_are_those_of_all_rows_each_step_weighing_less_with_its_age():
-    torch.manual_seed(1)
-    steps = [3 + 2 * torch.randn(50, 4, dtype=torch.float64) for _ in range(5)]
-    norm = RunningNorm(4).double()
-    norm.blend(steps[0].mean(0), steps[0].var(0, correction=0), momentum=1.0)
-    for step in steps[1:]:
-        norm.blend(step.mean(0), step.var(0, correction=0), momentum=0.25)
-    shares = [0.75**4] + [0.25 * 0.75 ** (4 - i) for i in range(1, 5)]
-    assert sum(shares) == approx(1)
-    for feature in range(4):
-        rows = np.concatenate([step[:, feature] for step in steps])
-        weights = np.repeat(shares, 50) / 50
-        mean = np.average(rows, weights=weights)
-        assert norm.mean[feature].item() == approx(mean)
-        assert norm.variance[feature].item() == approx(np.average((rows - mean) ** 2, weights=weights))
-
-
-def test_a_step_that_is_not_finite_and_a_feature_that_never_varies_do_no_harm():
-    norm = RunningNorm(2)
-    norm.blend(tensor([1.0, 2.0]), tensor([4.0, 0.0]), momentum=1.0)
-    norm.blend(tensor([math.nan, 2.0]), tensor([1.0, 1.0]), momentum=0.5)
-    assert norm.mean.tolist() == [1.0, 2.0]
-    assert_close(norm(tensor([[3.0, 2.0], [1.0, 2.0]])), tensor([[1.0, 0.0], [0.0, 0.0]]), atol=1e-5, rtol=0)
-    norm.blend(tensor([1.0, 2.0]), tensor([0.0, 0.0]), momentum=1.0)
-    assert norm(tensor([[1.0, 2.0]])).tolist() == [[0.0, 0.0]]
-
-
-def reference_states(model):
-    """What each exit reads of the rows of `Rows`: the mean of each row's tokens, `(ROWS, LAYERS, 16)`."""
-    batch = vars(Rows())
-    with torch.no_grad():
-        hidden = model.bert(batch["input_ids"], batch["attention_mask"], output_hidden_states=True).hidden_states
-    lengths = batch["attention_mask"].sum(dim=1).tolist()
-    return torch.stack(
-        [torch.stack([hidden[m][row, :n].mean(0) for m in range(1, LAYERS + 1)]) for row, n in enumerate(lengths)]
-    )
-
-
-@mark.parametrize("mode", ["none", "soft"])
-@mark.parametrize(("batch", "micro_batches"), [(8, 1), (2, 4)])
-def test_training_keeps_the_statistics_of_whole_steps(tmp_path, mode, batch, micro_batches):
-    """Before each step an encoder's own states say what the statistics become, however the step is cut."""
-    model = make_model(ga_mode=mode, **LEARNING | {"exit_warm_start": False})
-    first = reference_states(model)
-    mean, variance = first.mean(0), first.var(0, correction=0)
-    shares, seen = [], []
-
-    def look(module, args):
-        if module.training:
-            seen.append(reference_states(model.eval()))
-            model.train()
-
-    trainer = make_trainer(
-        tmp_path, model, per_device_train_batch_size=batch, gradient_accumulation_steps=micro_batches
-    )
-    model.register_forward_pre_hook(lambda module, args: look(module, args))
-    trainer.train()
-    for states in seen[::micro_batches]:  # the weights are the same through the micro-batches of a step
-        shift = states.mean(0) - mean
-        variance = (1 - NORM_MOMENTUM) * (variance + NORM_MOMENTUM * shift**2)
-        variance += NORM_MOMENTUM * states.var(0, correction=0)
-        mean = mean + NORM_MOMENTUM * shift
-        shares.append(float(shift.abs().max()))
-    assert len(seen) == 3 * micro_batches
-    assert max(shares) > 1e-3  # or there was nothing to follow
-    for m in range(1, LAYERS + 1):
-        assert_close(model.exit_norms[str(m)].mean, mean[m - 1], atol=1e-5, rtol=1e-4)
-        assert_close(model.exit_norms[str(m)].variance, variance[m - 1], atol=1e-5, rtol=1e-3)
-
-
-@mark.parametrize("mode", ["none", "soft"])
-def test_a_step_does_not_depend_on_how_it_is_cut(tmp_path, mode):
-    trained = []
-    for batch in (8, 4, 1):
-        model = make_model(ga_mode=mode, **LEARNING | {"ga_granularity": "layer"})
-        make_trainer(
-            tmp_path, model, per_device_train_batch_size=batch, gradient_accumulation_steps=8 // batch
-        ).train()
-        trained.append(model.state_dict())
-    assert any("exit_norms" in name for name in trained[0])
-    for other in trained[1:]:
-        for name, expected in trained[0].items():
-            assert_close(other[name], expected, atol=2e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
 # --------------------------------------------------------------------------------------------------------- what varies
@@ -158,15 +68,13 @@ def test_it_is_told_before_the_first_step_and_blind_exits_are_named(tmp_path, ca
 
 
 @mark.parametrize("num_labels", [2, 3])
-@mark.parametrize("norm", ["running", "layer", "none"])
+@mark.parametrize("norm", ["layer", "none"])
 def test_exits_start_at_the_regression_of_scikit_learn(norm, num_labels):
     model = make_model(num_labels=num_labels, exit_norm=norm, exit_pooling="mean").eval()
     torch.manual_seed(2)
     labels = torch.arange(60) % num_labels
     centres = torch.randn(num_labels, LAYERS, 16)
     states = 5 + centres[labels] + torch.randn(60, LAYERS, 16)
-    if norm == "running":
-        set_exit_norms(model, states)
     warm_start(model, states, labels)
     for i in range(LAYERS):
         x = states[:, i]
@@ -230,8 +138,6 @@ def test_new_exits_start_warm_and_trained_ones_are_left_alone(tmp_path):
     again = GamlBertForSequenceClassification.from_pretrained(tmp_path / "gaml", config=config)
     assert not again.exits_are_new
     assert first_loss(again) == approx(losses[1], rel=1e-3)
-    for name, norm in again.exit_norms.items():  # moved by one step, not measured anew
-        assert_close(norm.mean, model.exit_norms[name].mean, atol=0.3, rtol=0)
 
 
 # ------------------------------------------------------------------------------------------------------- learning rate

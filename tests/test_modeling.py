@@ -33,7 +33,6 @@ from transformers.utils import find_labels, logging
 from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification
 from gaml_hf.configuration_gaml_bert import PAPER_LETTER
 from gaml_hf.exiting_gaml import Budgeted, Entropy, FullDepth, MaxProb, Patience
-from gaml_hf.exits_gaml import RunningNorm
 from reference import ce_loss_reference, kd_loss_reference
 
 
@@ -47,7 +46,7 @@ POLICIES = {
 each_policy = mark.parametrize("policy", POLICIES)
 EXITS = {
     "paper": PAPER_LETTER,
-    "mean": {"exit_pooling": "mean", "exit_norm": "running"},
+    "mean": {"exit_pooling": "mean"},
     "mean, layer": {"exit_pooling": "mean", "exit_norm": "layer"},
 }
 each_exit = mark.parametrize("exits", EXITS)
@@ -61,11 +60,7 @@ def make(bert_kwargs):
     def make(**changes):
         torch.manual_seed(0)
         config = GamlBertConfig(**bert_kwargs | {"num_labels": 3, "initializer_range": 0.3} | changes)
-        model = GamlBertForSequenceClassification(config).eval()
-        for module in model.modules():
-            if isinstance(module, RunningNorm):  # as after some steps
-                module.blend(0.3 * torch.randn(32), 0.2 + torch.rand(32), momentum=1.0)
-        return model
+        return GamlBertForSequenceClassification(config).eval()
 
     return make
 
@@ -123,12 +118,7 @@ def test_it_starts_from_any_bert(stock, dtype, bert_kwargs, tmp_path, batch):
     for name, weight in model.bert.state_dict().items():
         assert weight.dtype == dtype
         assert weight.equal(encoder[name]), name
-    names = [f"exit_classifiers.{m}.{x}" for m in range(1, 5) for x in ("weight", "bias")]
-    names += [f"exit_norms.{m}.{x}" for m in range(1, 5) for x in ("mean", "variance")]
-    assert set(info["missing_keys"]) == set(names)
-    for norm in model.exit_norms.values():  # no numbers of a memory that nobody filled
-        assert norm.mean.eq(0).all()
-        assert norm.variance.eq(1).all()
+    assert set(info["missing_keys"]) == {f"exit_classifiers.{m}.{x}" for m in range(1, 5) for x in ("weight", "bias")}
     assert not info["unexpected_keys"]
     assert not model.training
     assert model(**batch).logits.dtype == dtype
@@ -161,10 +151,7 @@ def test_exits_on_stock_hidden_states(attention, exit_pooler, exits, make, batch
         if exit_pooler != "none":
             pooler = model.bert.pooler if exit_pooler == "shared" else model.exit_poolers[str(m)]
             state = torch.tanh(F.linear(state, pooler.dense.weight, pooler.dense.bias))
-        if exits == "mean":
-            norm = model.exit_norms[str(m)]
-            state = (state - norm.mean) / norm.variance.sqrt()
-        elif exits == "mean, layer":
+        if exits == "mean, layer":
             state = (state - state.mean(dim=1, keepdim=True)) / state.std(dim=1, keepdim=True, correction=0)
         classifier = model.exit_classifiers[str(m)]
         assert_close(

@@ -18,7 +18,6 @@ from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification, GamlTextC
 from gaml_hf.checkpoints import SEAL
 from gaml_hf.configuration_gaml_bert import PAPER_LETTER
 from gaml_hf.exiting_gaml import Budgeted, Entropy, FullDepth, MaxProb, Patience
-from gaml_hf.exits_gaml import RunningNorm
 from gaml_hf.ort import GamlOrtModelForSequenceClassification, export_onnx
 
 
@@ -36,9 +35,6 @@ def make_model(bert_kwargs, **changes) -> GamlBertForSequenceClassification:
                 weight *= 30 if name.startswith("exit_class") else 6
             elif name.endswith("bias"):
                 weight += 0.1 * torch.randn_like(weight)
-        for module in model.modules():
-            if isinstance(module, RunningNorm):  # as after some steps
-                module.blend(0.3 * torch.randn(32), 0.2 + torch.rand(32), momentum=1.0)
     return model
 
 
@@ -78,9 +74,8 @@ def model(bert_kwargs):
         {"exit_pooler": "shared"},
         {"exit_pooler": "per_exit", "exit_layers": [1, 3, 4]},
         {"exit_norm": "layer"},
-        {"exit_norm": "none", "exit_pooler": "shared"},
         PAPER_LETTER,
-        PAPER_LETTER | {"exit_pooler": "per_exit", "exit_norm": "running"},
+        PAPER_LETTER | {"exit_pooler": "per_exit", "exit_norm": "layer"},
         {"exit_temperatures": [0.5, 2.0, 1.0, 3.0]},
         {"hidden_act": "relu"},
         {"hidden_act": "gelu_new"},

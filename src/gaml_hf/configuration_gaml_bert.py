@@ -14,7 +14,6 @@ from .exiting_gaml import policy_from_config
 # The letter of the paper, where our defaults depart from it: fields of [`GamlBertConfig`].
 PAPER_LETTER = {
     "exit_pooling": "cls",  # Sec. 6.4
-    "exit_norm": "none",
     "exit_learning_rate_multiplier": 1.0,
     "exit_warm_start": False,
     "kd_reduction": "sum",  # Eq. 3
@@ -38,10 +37,8 @@ class GamlBertConfig(BertConfig):
         exit_pooler (`str`, *optional*, defaults to `"none"`):
             What stands between that and the linear exit: `"none"` (the paper, Sec. 6.4), `"shared"` (BERT's
             pooler for all exits, as in PABEE) or `"per_exit"`.
-        exit_norm (`str`, *optional*, defaults to `"running"`):
-            What scales the input of the linear exit, without parameters: `"running"` (each feature by its mean and
-            deviation over the training rows of the steps before, kept by [`GamlTrainer`]; with a stock `Trainer` they
-            stay as they are), `"layer"` (LayerNorm) or `"none"` (the paper).
+        exit_norm (`str`, *optional*, defaults to `"none"`):
+            What scales the input of the linear exit: `"none"` (the paper) or `"layer"` (LayerNorm without parameters).
         exit_learning_rate_multiplier (`float`, *optional*, defaults to 10.0):
             The exits learn at this many times the learning rate of the encoder; above 0, 1 in the paper. Read by
             [`GamlTrainer`].
@@ -95,7 +92,7 @@ class GamlBertConfig(BertConfig):
     exit_layers: list[int] | None = None
     exit_pooling: Literal["cls", "mean"] = "mean"
     exit_pooler: Literal["none", "shared", "per_exit"] = "none"
-    exit_norm: Literal["none", "layer", "running"] = "running"
+    exit_norm: Literal["none", "layer"] = "none"
     exit_learning_rate_multiplier: float | int = 10.0
     exit_warm_start: bool = True
     exit_loss_weights: Literal["linear", "uniform", "last"] = "linear"

@@ -1,7 +1,7 @@
 """
-What new exits know before the first step: how their inputs are scaled, and what the pre-trained layers already tell.
+What new exits know before the first step: what the pre-trained layers already tell.
 
-One pass over some training rows gives both, and says whether an exit has anything to read (docs/choices.md).
+One pass over some training rows gives that, and says whether an exit has anything to read (docs/choices.md).
 """
 
 import re
@@ -13,11 +13,10 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
-from .exits_gaml import inverse_deviation
-
 
 NUM_ROWS = 1000  # of the pass
 LEAST_VARIATION = 0.05  # below which an exit's input is nearly the same for every text
+RELATIVE_FLOOR = 1e-6  # of a feature's variance, beside the mean of all features
 INVERSE_REGULARIZATION = 0.003  # `C` of the regression, on standardized inputs
 
 
@@ -65,12 +64,6 @@ def input_variation(states: Tensor) -> list[float]:
     return (deviation / states.mean(dim=0).norm(dim=-1).clamp(min=torch.finfo(states.dtype).tiny)).tolist()
 
 
-def set_exit_norms(model: nn.Module, states: Tensor) -> None:
-    """Scale each exit's input by the mean and variance of `states`, `(num_rows, num_exits, hidden_size)`."""
-    for i, norm in enumerate(model.exit_norms.values()):
-        norm.blend(states[:, i].mean(dim=0), states[:, i].var(dim=0, correction=0), momentum=1.0)
-
-
 @torch.no_grad()
 def warm_start(model: nn.Module, states: Tensor, labels: Tensor, exit_layers: Iterable[int] | None = None) -> None:
     """
@@ -90,9 +83,10 @@ def warm_start(model: nn.Module, states: Tensor, labels: Tensor, exit_layers: It
     for i, m in enumerate(model.config.exit_layers):
         if exit_layers is not None and m not in exit_layers:
             continue
-        x = model.scale_exit_state(m, states[:, i]).double()
-        # A feature that never varies, as some of a pre-trained encoder do not, must not be divided by nothing.
-        mean, deviation = x.mean(dim=0), 1 / inverse_deviation(x.var(dim=0, correction=0))
+        x = model.scale_exit_state(states[:, i]).double()
+        mean, variance = x.mean(dim=0), x.var(dim=0, correction=0)
+        # Some features of a pre-trained encoder are constant but for rounding, which must not be blown up.
+        deviation = (variance + RELATIVE_FLOOR * variance.mean()).sqrt().clamp(min=torch.finfo(x.dtype).tiny)
         fit = LogisticRegression(C=INVERSE_REGULARIZATION, max_iter=500)
         fit.fit(((x - mean) / deviation).cpu().numpy(), y)
         # Of two classes it has one row, the logit of the second against the first.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import BertModel, BertPreTrainedModel, initialization
+from transformers import BertModel, BertPreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.bert.modeling_bert import BertPooler
 from transformers.utils import ModelOutput, cached_file, logging
@@ -20,7 +20,7 @@ from .checksums_gaml import verify_weights, weight_files, write_checksum
 from .configuration_gaml_bert import GamlBertConfig
 from .engine_gaml import LAYER_FUNCTIONS, Layout, PrepackedLinear, bfloat16_cost, prepacking_gain
 from .exiting_gaml import ExitPolicy, policy_from_config
-from .exits_gaml import RunningNorm, layer_norm, mean_over_tokens
+from .exits_gaml import layer_norm, mean_over_tokens
 
 # Not used here: a save copies only the files that this one imports. Inference Endpoints look for the handler, and the
 # config names the pipeline.
@@ -101,19 +101,10 @@ class GamlBertForSequenceClassification(BertPreTrainedModel):
         )
         if config.exit_pooler == "per_exit":
             self.exit_poolers = nn.ModuleDict({str(m): BertPooler(config) for m in config.exit_layers})
-        if config.exit_norm == "running":
-            self.exit_norms = nn.ModuleDict({str(m): RunningNorm(config.hidden_size) for m in config.exit_layers})
         self.exits_are_new = True  # until a GamlTrainer has begun to train them, or trained ones are loaded
         self.last_exit_alone = False  # whether the others do not learn now; see `mixed_training`
         self.new_exit_weights: set[str] = set()  # that `from_pretrained` made, until a GamlTrainer has trained them
         self.post_init()
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, RunningNorm):
-            initialization.zeros_(module.mean)
-            initialization.ones_(module.variance)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
@@ -371,14 +362,12 @@ class GamlBertForSequenceClassification(BertPreTrainedModel):
             return self.exit_poolers[str(m)](pooled[:, None])
         return pooled
 
-    def scale_exit_state(self, m: int, state: Tensor) -> Tensor:
-        """What `exit_norm` makes of the input of exit m, `(batch_size, hidden_size)` to the same."""
-        if self.config.exit_norm == "running":
-            return self.exit_norms[str(m)](state)
+    def scale_exit_state(self, state: Tensor) -> Tensor:
+        """What `exit_norm` makes of an exit's input, `(batch_size, hidden_size)` to the same."""
         return layer_norm(state) if self.config.exit_norm == "layer" else state
 
     def _classify(self, m: int, state: Tensor) -> Tensor:
-        logits = self.exit_classifiers[str(m)](self.dropout(self.scale_exit_state(m, state)))
+        logits = self.exit_classifiers[str(m)](self.dropout(self.scale_exit_state(state)))
         if self.config.exit_temperatures is not None and not self.training:
             logits = logits / self.config.exit_temperatures[self.config.exit_layers.index(m)]
         return logits

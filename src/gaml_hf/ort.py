@@ -250,12 +250,7 @@ def _layer_graph(model: GamlBertForSequenceClassification, m: int, precision: st
             ones = graph.weight("exit_norm.weight", np.ones(size, dtype=np.float32))
             state = graph.node("LayerNormalization", [state, ones], "scaled", epsilon=1e-5)
         exit_ = model.exit_classifiers[str(m)]
-        weight, bias = exit_.weight.float(), exit_.bias.float()
-        if config.exit_norm == "running":  # W ((x - mean) * scale) + b = (W * scale) x + b - (W * scale) mean
-            norm = model.exit_norms[str(m)]
-            weight = weight * norm.scale()
-            bias = bias - weight @ norm.mean.float()
-        exit_weights = [graph.weight("exit.weight", weight), graph.weight("exit.bias", bias)]
+        exit_weights = [graph.weight("exit.weight", exit_.weight), graph.weight("exit.bias", exit_.bias)]
         graph.node("Gemm", [state, *exit_weights], "exit_logits", transB=1)
         outputs["exit_logits"] = ["batch_size", config.num_labels]
     return graph.build(

@@ -42,7 +42,6 @@ from .exit_start import (
     NUM_ROWS,
     collect_exit_states,
     input_variation,
-    set_exit_norms,
     warm_start,
 )
 from .hub import TOLD_ARGUMENTS, TOLD_FIELDS, push_checkpoint, save_checkpoint
@@ -59,7 +58,6 @@ OTHER_LOSSES = (
 )
 BUCKET_BYTES = 25 * 2**20  # of one all-reduce, as DistributedDataParallel's default
 EXIT_PARAMETER = re.compile(r"(^|\.)exit_(classifiers|poolers)\.")  # its name, also where PEFT has wrapped it
-NORM_MOMENTUM = 0.1  # of a step, in the statistics of `exit_norm="running"`
 
 
 class GamlTrainer(Trainer):
@@ -125,7 +123,6 @@ class GamlTrainer(Trainer):
         self._row_weights: list[Tensor | float] = []  # of the micro-batches of this step that are still to come
         self._alignment_sum: Tensor | float = 0.0  # over the steps since the last log; the last number counts them
         self._grad_norm: Tensor | float = 0.0  # of the last step
-        self._exit_moments: Tensor | None = None  # of the exits' inputs, over the rows of this step so far
         # So far, in this training; None before the first step.
         self._loss_is_finite: Tensor | None = None
         self._gradient_is_finite: Tensor | bool = True
@@ -146,23 +143,14 @@ class GamlTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.args.label_smoothing_factor:
             inputs = {**inputs, "smoothing": self.args.label_smoothing_factor}
-        if not model.training:
+        if not (model.training and self.aligns):
             return super().compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
-        if self.model.config.exit_norm == "running":
-            inputs = {**inputs, "output_exit_states": True}
-        if not self.aligns:
-            loss, outputs = super().compute_loss(
-                model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
-            )
-            self._add_exit_moments(outputs, 1.0)
-            return (loss, outputs) if return_outputs else loss
         outputs = model(**inputs)
         if outputs.kd_loss is None:
             raise ValueError("Training needs `labels` in every batch, and this batch has none.")
         weight = self._row_weights.pop(0) if self._row_weights else 1.0
-        self._add_exit_moments(outputs, weight)
         ce_loss, kd_loss = weight * outputs.ce_loss, weight * outputs.kd_loss
         # Divided and scaled just as `training_step` and `Accelerator.backward` will do with L^CE.
         kd_loss = kd_loss / self.current_gradient_accumulation_steps
@@ -182,26 +170,6 @@ class GamlTrainer(Trainer):
         return (ce_loss, outputs) if return_outputs else ce_loss
 
     # Exits: how their inputs are scaled, where they start, and how fast they learn
-
-    def _add_exit_moments(self, outputs: Any, weight: Tensor | float) -> None:
-        """Of a micro-batch, `(1 + 2 M, hidden_size)`: its rows, and the sums of x - mean and of its square."""
-        if self.model.config.exit_norm != "running":
-            return
-        norms = self._bare_model.exit_norms.values()
-        shifted = outputs.exit_states.float() - torch.stack([norm.mean.float() for norm in norms])
-        rows = shifted.new_full((1, shifted.shape[-1]), float(len(shifted)))
-        moments = torch.cat([rows, shifted.sum(dim=0), shifted.square().sum(dim=0)])
-        moments = torch.where(torch.as_tensor(weight, device=moments.device) > 0, moments, 0.0)
-        self._exit_moments = moments if self._exit_moments is None else self._exit_moments + moments
-
-    def _update_exit_norms(self) -> None:
-        moments, self._exit_moments = self._exit_moments, None
-        if self.args.world_size > 1:
-            torch.distributed.all_reduce(moments)
-        norms = self._bare_model.exit_norms.values()
-        shift, square = (moments[1:] / moments[0]).chunk(2)
-        for norm, d, s in zip(norms, shift, square, strict=True):
-            norm.blend(norm.mean + d, s - d.square(), NORM_MOMENTUM)
 
     def _start_exits(self, exit_layers: list[int] | None = None) -> None:
         """
@@ -231,10 +199,8 @@ class GamlTrainer(Trainer):
             logger.warning(
                 f"The inputs of exits {str(blind)[1:-1]} vary by less than {LEAST_VARIATION:.0%} of their length from "
                 "text to text, and such exits tend to answer with the most frequent class. Use "
-                '`exit_pooling="mean"`, or scale them (`exit_norm="running"`).'
+                '`exit_pooling="mean"`, or scale them (`exit_norm="layer"`).'
             )
-        if config.exit_norm == "running" and exit_layers is None:
-            set_exit_norms(model, states)
         if config.exit_warm_start:
             warm_start(model, states, labels, exit_layers)
 
@@ -414,8 +380,6 @@ class GamlTrainer(Trainer):
         self._loss_is_finite = finite if self._loss_is_finite is None else self._loss_is_finite & finite
         if self._g_kd is not None and self.accelerator.sync_gradients:
             self._align_gradients()
-        if self._exit_moments is not None and self.accelerator.sync_gradients:
-            self._update_exit_norms()
         return loss
 
     def _first_training_step(self, model, inputs, num_items_in_batch) -> Tensor:
