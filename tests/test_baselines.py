@@ -17,6 +17,7 @@ from transformers import (
 
 from benchmarks.baselines import BASELINES, Context, distilbert, head_pruning, layer_drop, pkd, theseus, truncated
 from benchmarks.baselines.distillation import soft_target_loss
+from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification
 
 
 ROWS, LAYERS = 16, 4
@@ -48,7 +49,16 @@ def teacher(config) -> BertForSequenceClassification:
 
 
 @fixture
-def make_context(tmp_path, config, rows, teacher):
+def plain(config) -> GamlBertForSequenceClassification:
+    """A fine-tuned model with one exit, at the last layer."""
+    sizes = {name: value for name, value in config.to_dict().items() if name in BertConfig().to_dict()}
+    one_exit = {"exit_layers": [LAYERS], "exit_loss_weights": "last", "distillation": "none", "ga_mode": "none"}
+    sizes |= {"model_type": "gaml_bert", "num_labels": 3}
+    return GamlBertForSequenceClassification(GamlBertConfig(**sizes | one_exit)).eval()
+
+
+@fixture
+def make_context(tmp_path, config, rows, teacher, plain):
     BertModel(config).save_pretrained(tmp_path / "backbone")
 
     def make(layers: int = 2, student: str | None = None, **arguments) -> Context:
@@ -68,6 +78,7 @@ def make_context(tmp_path, config, rows, teacher):
             arguments=TrainingArguments(str(tmp_path / "out"), **(defaults | arguments)),
             trainer_arguments={"train_dataset": rows, "eval_dataset": rows},
             teacher=lambda: teacher,
+            plain=lambda: plain,
             layers=layers,
             student=student,
         )
@@ -90,6 +101,9 @@ def run_layers(model: BertForSequenceClassification, layers, batch) -> torch.Ten
     mask = torch.zeros(ROWS, 1, 1, 6).masked_fill(batch["attention_mask"][:, None, None] == 0, -torch.inf)
     for layer in layers:
         hidden = layer(hidden, mask)
+    if isinstance(model, GamlBertForSequenceClassification):
+        keep = batch["attention_mask"][..., None]
+        return model.exit_classifiers[str(LAYERS)]((hidden * keep).sum(1) / keep.sum(1))
     return model.classifier(model.bert.pooler(hidden))
 
 
@@ -115,9 +129,7 @@ def test_a_baseline_trains_and_is_used(name, make_context, batch, tmp_path):
 
     evaluated = trainer.predict(trainer.eval_dataset).predictions
     model = BASELINES[name].finish(trainer).eval()
-    assert not any(
-        isinstance(module, (layer_drop.LayerDropEncoder, theseus.TheseusEncoder)) for module in model.modules()
-    )
+    assert not any(isinstance(module, layer_drop.LayerDropEncoder) for module in model.modules())
     assert all(parameter.requires_grad for parameter in model.parameters())
     answers = model(**batch).logits
     assert answers.shape == (ROWS, 3)
@@ -127,7 +139,8 @@ def test_a_baseline_trains_and_is_used(name, make_context, batch, tmp_path):
     # What was scored in training is what is used, and a saved copy of it is a plain BERT of that depth.
     assert_close(answers, tensor(evaluated))
     model.save_pretrained(tmp_path / "finished")
-    again = BertForSequenceClassification.from_pretrained(tmp_path / "finished")
+    kind = GamlBertForSequenceClassification if name == "theseus" else BertForSequenceClassification
+    again = kind.from_pretrained(tmp_path / "finished")
     assert again.config.num_hidden_layers == len(again.bert.encoder.layer) == 2
     assert_close(again(**batch).logits, answers)
 
@@ -313,55 +326,54 @@ def test_layer_drop_rate(make_context):
 # BERT-of-Theseus
 
 
-def test_theseus_replaces_modules(make_context, teacher, batch):
+def test_theseus_replaces_modules(make_context, plain, batch):
     model = theseus.make(make_context()).model
-    encoder = model.bert.encoder
-    old, new = teacher.bert.encoder.layer, encoder.layer
+    old, new = plain.bert.encoder.layer, model.bert.encoder.layer
     for successor, first in zip(new, old, strict=False):  # successors start from the first layers
         assert all(torch.equal(value, first.state_dict()[key]) for key, value in successor.state_dict().items())
     torch.nn.init.normal_(new[0].output.dense.bias)  # or the first successor and the first layer are the same
     torch.nn.init.normal_(new[1].output.dense.bias)
     with torch.no_grad():
         every = [[*old], [new[0], *old[2:]], [*old[:2], new[1]], [*new]]
-        expected = [run_layers(teacher, layers, batch) for layers in every]
+        expected = [run_layers(plain, layers, batch) for layers in every]
         model.train()
         for rate, index in ((0.0, 0), (1.0, 3)):
-            encoder.replacing_rate = rate
+            model.replacing_rate = rate
             assert_close(model(**batch).logits, expected[index])
-        encoder.replacing_rate = 0.5
+        model.replacing_rate = 0.5
         counts = [0] * 4
         for _ in range(200):
             logits = model(**batch).logits
             (match,) = [i for i in range(4) if torch.allclose(logits, expected[i], atol=1e-5)]
             counts[match] += 1
         assert all(count == approx(50, abs=25) for count in counts)  # two independent coins
-        encoder.replacing_rate = 0.0
+        model.replacing_rate = 0.0
         assert_close(model.eval()(**batch).logits, expected[3])  # an evaluation runs successors alone
 
 
 def test_theseus_curriculum(make_context):
     trainer = theseus.make(make_context(max_steps=8), base_rate=0.2, replacing_share=0.5)
-    encoder, rates = trainer.model.bert.encoder, []
-    encoder.register_forward_hook(lambda *_: rates.append(encoder.replacing_rate))
+    model, rates = trainer.model, []
+    model.register_forward_hook(lambda *_: rates.append(model.replacing_rate))
     trainer.train()
     assert rates == approx([0.2, 0.4, 0.6, 0.8, 1, 1, 1, 1])
     with raises(ValueError, match="`base_rate` must lie in .* Got `base_rate=-1`, `replacing_share=0.5`"):
         theseus.make(make_context(), base_rate=-1)
 
 
-def test_theseus_trains_successors_alone(make_context, teacher, batch):
-    before = copy_of(teacher.state_dict())
+def test_theseus_trains_successors_alone(make_context, plain, batch):
+    before = copy_of(plain.state_dict())
     model = theseus.make(make_context()).model
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == {name for name, _ in model.named_parameters() if name.startswith("bert.encoder.layer.")}
-    model.bert.encoder.replacing_rate = 0.0
+    model.replacing_rate = 0.0
     model.train()(**batch).loss.backward()  # nothing is replaced: a step without effect, but no failure
     assert all((parameter.grad == 0).all() for parameter in model.bert.encoder.layer.parameters())
-    model.bert.encoder.replacing_rate = 1.0
+    model.replacing_rate = 1.0
     model(**batch).loss.backward()
     assert all(layer.output.dense.weight.grad.norm() > 0 for layer in model.bert.encoder.layer)
-    assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
-    assert all(parameter.requires_grad for parameter in teacher.parameters())  # and the teacher is left as it was
+    assert all(torch.equal(value, before[key]) for key, value in plain.state_dict().items())
+    assert all(parameter.requires_grad for parameter in plain.parameters())  # and the teacher is left as it was
 
 
 # Head pruning
@@ -455,6 +467,9 @@ def test_with_minilm(name, minilm_folder, make_context, rows, batch):
     context = make_context(layers=3, max_steps=1)
     context.backbone = str(minilm_folder)
     context.teacher = lambda: truncated.load_backbone(context)
+    context.plain = lambda: GamlBertForSequenceClassification.from_pretrained(
+        context.backbone, num_labels=3, exit_layers=[6], exit_loss_weights="last", distillation="none"
+    )
     trainer = BASELINES[name].make(context)
     trainer.train()
     model = BASELINES[name].finish(trainer).eval()

@@ -18,6 +18,7 @@ from transformers import AutoModel, EarlyStoppingCallback, Trainer, TrainerCallb
 from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification, GamlTrainer, checkpoints, hub
 from gaml_hf.checkpoints import SEAL, why_incomplete
 from gaml_hf.checksums_gaml import verify_checksum, write_checksum
+from gaml_hf.configuration_gaml_bert import PAPER_LETTER
 from gaml_hf.hub import check_checkpoint, save_checkpoint
 from gaml_hf.ort import GamlOrtModelForSequenceClassification, export_onnx
 from test_trainer import IS_OLD_TRANSFORMERS
@@ -51,7 +52,7 @@ def make(bert_kwargs, tmp_path, monkeypatch):
 
     def make(folder="out", *, trainer_class=GamlTrainer, callbacks=(), compute_metrics=None, **changes):
         torch.manual_seed(3)
-        model = GamlBertForSequenceClassification(GamlBertConfig(**bert_kwargs, initializer_range=0.3))
+        model = GamlBertForSequenceClassification(GamlBertConfig(**bert_kwargs, **PAPER_LETTER, initializer_range=0.3))
         arguments = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 6}
         arguments |= {"save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2, "warmup_steps": 2}
         arguments |= {"logging_steps": 1, "use_cpu": True, "report_to": [], "disable_tqdm": True}

@@ -75,7 +75,7 @@ def test_wrong_evaluation_rows_before_the_first_step(tmp_path, name):
 def test_predictions_need_no_labels(tmp_path):
     trainer = make_trainer(tmp_path, make_model())
     unlabelled = rows(label=None, input_ids=[[1, 2], [3, 3], [4, 5]])
-    assert trainer.predict(unlabelled).predictions[0].shape == (3, 3)
+    assert trainer.predict(unlabelled).predictions.shape == (3, 3)
     with raises(ValueError, match="Row 1 of the test dataset, column 'label'"):
         trainer.predict(rows(label=[0, -1, 1]))
 

@@ -43,7 +43,7 @@ TEXTS = [
     "they like the best scene in a great movie",
     "fine",
 ]
-CODE = {f"{name}_gaml.py" for name in ("checksums", "engine", "exiting", "losses", "pipeline")}
+CODE = {f"{name}_gaml.py" for name in ("checksums", "engine", "exiting", "exits", "losses", "pipeline")}
 CODE |= {f"{name}_gaml_bert.py" for name in ("configuration", "modeling")}
 
 # What a stranger runs: no gaml_hf, however it is installed. Prints JSON; argument: where to load from and save to.
@@ -94,6 +94,7 @@ print(json.dumps(told))
 def model(bert_kwargs):
     config = GamlBertConfig(
         **bert_kwargs,
+        exit_pooling="cls",
         initializer_range=0.3,  # far from zero, so that texts differ and exits disagree
         exit_strategy="patience",
         patience=1,

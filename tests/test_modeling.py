@@ -627,7 +627,7 @@ def test_weights_of_another_size_are_an_error(make, tmp_path):
 
 @mark.parametrize("auto", [GamlBertForSequenceClassification, AutoModelForSequenceClassification])
 def test_new_exits_keep_nothing_that_was_chosen_for_the_old(auto, make, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    monkeypatch.setattr(logging.get_logger("transformers"), "propagate", True)
     old = {"exit_temperatures": [2.0, 1.0, 0.5, 1.5], **POLICIES["entropy"]}
     make(alpha=0.7, **old).save_pretrained(tmp_path)
     new_task = {"num_labels": 5, "ignore_mismatched_sizes": True}

@@ -62,7 +62,7 @@ def assert_same(ours, theirs):
 
 @fixture
 def model(bert_kwargs):
-    return make_model(bert_kwargs)
+    return make_model(bert_kwargs, exit_pooling="cls")
 
 
 @mark.parametrize(
@@ -102,14 +102,17 @@ def test_fp32_answers_and_exits_are_pytorchs(bert_kwargs, tmp_path, changes):
     assert len(left) > 1 or model.config.num_exits == 1
 
 
-def test_the_answer_of_a_row_in_a_batch_is_that_of_the_row_alone(model, tmp_path):
+@mark.parametrize(("pooling", "threshold"), [("cls", 0.6), ("mean", 0.2)])
+def test_the_answer_of_a_row_in_a_batch_is_that_of_the_row_alone(pooling, threshold, bert_kwargs, tmp_path):
+    model = make_model(bert_kwargs, exit_pooling=pooling)
     batch = make_batch(model.config)
     for precision in ("fp32", "int8"):
         runtime = load(model, tmp_path, precision)
-        together = runtime(**batch, exit_policy=Entropy(0.6))
+        together = runtime(**batch, exit_policy=Entropy(threshold))
         assert len(set(together.exit_layer.tolist())) > 1
         for row, length in enumerate(batch["attention_mask"].sum(dim=1).tolist()):
-            alone = runtime(**{k: v[row : row + 1, :length] for k, v in batch.items()}, exit_policy=Entropy(0.6))
+            policy = Entropy(threshold)
+            alone = runtime(**{k: v[row : row + 1, :length] for k, v in batch.items()}, exit_policy=policy)
             assert_close(together.logits[row], alone.logits[0], atol=1e-4, rtol=1e-4)
             assert together.exit_layer[row] == alone.exit_layer[0]
 

@@ -24,6 +24,7 @@ from transformers.testing_utils import CaptureLogger
 from transformers.utils import logging
 
 from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification, GamlTextClassificationPipeline, pipeline_gaml
+from gaml_hf.configuration_gaml_bert import PAPER_LETTER
 from gaml_hf.exiting_gaml import Budgeted, Entropy, FullDepth, MaxProb, Patience
 
 
@@ -47,7 +48,7 @@ EXITS = [
 @fixture
 def model(bert_kwargs) -> GamlBertForSequenceClassification:
     """Weights large enough that texts differ in class and in exit."""
-    model = GamlBertForSequenceClassification(GamlBertConfig(**bert_kwargs, num_labels=3)).eval()
+    model = GamlBertForSequenceClassification(GamlBertConfig(**bert_kwargs, **PAPER_LETTER, num_labels=3)).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.dim() == 2:

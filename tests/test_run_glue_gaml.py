@@ -578,7 +578,7 @@ def test_a_training_that_diverges_keeps_what_was_good(common, files, tmp_path):
     words = [*common, *with_files(files, "train"), "--do_train", "--patience", "2", "--num_train_epochs", "1"]
     run_glue_gaml.main(words)
     before = (out / "model.safetensors").read_bytes()
-    broken = [*words, "--overwrite_output_dir", "--learning_rate", "1e38", "--max_grad_norm", "0", "--optim", "sgd"]
+    broken = [*words, "--overwrite_output_dir", "--learning_rate", "1e37", "--max_grad_norm", "0", "--optim", "sgd"]
     with raises(FloatingPointError, match="Training stopped at step .* not finite"):
         run_glue_gaml.main(broken)
     assert (out / "model.safetensors").read_bytes() == before
@@ -810,7 +810,7 @@ def test_columns_and_classes_are_told(common, tmp_path, caplog, capsys):
     assert f"train: 40 rows; classes: {told}" in caplog.text
     assert "Text is read from column 'sentence'." in caplog.text
     assert "The classes ['Positive ', 'positive'] differ by case or blanks alone" in caplog.text
-    assert f"validation: 40 rows; text: sentence; label: {told}" in capsys.readouterr().out
+    assert f"validation: 40 rows, cut to 64 tokens; text: sentence; label: {told}" in capsys.readouterr().out
 
 
 @mark.parametrize("name", ["rows[1].csv", "star*.csv", "x::y.csv", "s3://rows.csv"])

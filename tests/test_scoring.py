@@ -18,6 +18,7 @@ from datasets import Dataset, IterableDataset
 from pytest import approx, fixture, mark, raises
 
 from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification, scoring
+from gaml_hf.configuration_gaml_bert import PAPER_LETTER
 from gaml_hf.ort import export_onnx
 from gaml_hf.scoring import ClassifierLoader, score_file, score_rows
 from gaml_score import main, make_parser
@@ -32,7 +33,7 @@ PATIENCE = {"patience": 1}
 @fixture
 def folder(bert_kwargs, tokenizer, tmp_path):
     """A checkpoint whose texts differ in class and in exit."""
-    model = GamlBertForSequenceClassification(GamlBertConfig(**bert_kwargs, num_labels=3)).eval()
+    model = GamlBertForSequenceClassification(GamlBertConfig(**bert_kwargs, **PAPER_LETTER, num_labels=3)).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.dim() == 2:

@@ -590,6 +590,7 @@ def test_refused_at_the_start_of_training(tmp_path, name):
 @mark.parametrize(
     ("name", "changes"),
     [
+        ("torch_compile", {"torch_compile": True, "torch_compile_backend": "aot_eager"}),
         ("optim=.*lomo", {"optim": "lomo"}),
         ("optim=.*layerwise", {"optim": "galore_adamw_layerwise", "optim_target_modules": ["query"]}),
     ],

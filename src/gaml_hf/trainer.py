@@ -98,11 +98,12 @@ class GamlTrainer(Trainer):
     Raises:
         ValueError: at construction, or when training starts, where alignment would not see the plain gradients
             (DeepSpeed, FSDP and other sharding, `nn.DataParallel`, optimizers that step inside the backward pass,
-            reentrant checkpointing), where `compute_loss_func` would leave exits or `class_weights` out, or where
-            exits are new and frozen, see [`~GamlBertForSequenceClassification.exit_modules`]. At construction with
-            `push_to_hub=True`, where a push would not be complete or would hold a pickle. When training starts, where
-            a dataset is empty, lacks a column, or holds a wrong label, or the checkpoint to resume from is not
-            complete. In the first step, where a `compute_loss` of a subclass leaves exits or the alignment out.
+            `torch_compile`, reentrant checkpointing), where `compute_loss_func` would leave exits or `class_weights`
+            out, or where exits are new and frozen, see [`~GamlBertForSequenceClassification.exit_modules`]. At
+            construction with `push_to_hub=True`, where a push would not be complete or would hold a pickle. When
+            training starts, where a dataset is empty, lacks a column, or holds a wrong label, or the checkpoint to
+            resume from is not complete. In the first step, where a `compute_loss` of a subclass leaves exits or the
+            alignment out.
         FloatingPointError: the loss, the gradient or the weights are no longer finite, on any rank: all ranks stop,
             and nothing is saved after that. Also where an answer in an evaluation or a prediction is not finite.
         OSError: the disk is full. The checkpoints before are as they were.
@@ -183,7 +184,7 @@ class GamlTrainer(Trainer):
             logger.info("The exits' inputs are not looked at: the model is sharded, or the dataset has no length.")
             return
         generator = torch.Generator().manual_seed(self.args.seed)
-        chosen = torch.randperm(len(self.train_dataset), generator=generator)[:NUM_ROWS].tolist()
+        chosen = torch.randperm(len(self.train_dataset), generator=generator)[:NUM_ROWS].sort().values.tolist()
         rows = self.train_dataset
         rows = rows.select(chosen) if hasattr(rows, "select") else Subset(rows, chosen)
         with torch.random.fork_rng(devices=[]):  # a data loader draws a number when it starts
@@ -479,6 +480,7 @@ class GamlTrainer(Trainer):
             ),
             "nn.DataParallel (use torchrun, or show one GPU only)": self.args.n_gpu > 1,
             f"`optim={optim!r}`, which steps inside the backward pass": "lomo" in optim or "layerwise" in optim,
+            "`torch_compile`, whose graph can be walked back once and not for each of the two": self.args.torch_compile,
             "reentrant checkpointing (set its `use_reentrant` to `False`)": any(
                 # Left out, it is True to torch; transformers sets False where it gets no keywords at all.
                 getattr(module, "gradient_checkpointing", False)
