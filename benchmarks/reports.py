@@ -617,8 +617,53 @@ def ga(results: Results) -> str:
     return table(header, rows)
 
 
+def exits(results: Results) -> str:
+    """What exits read, how fast they learn and where they start; and static models that read the same."""
+    blocks = []
+    for task in tasks_of(results):
+        groups: dict[tuple, list[dict[str, Any]]] = {}
+        for result in results:
+            run = result["run"]
+            if run["task"] != task:
+                continue
+            system = run["system"]
+            if system == "bert":
+                system = "plain" if result["layers"] == result["full_depth"] else f"plain, {result['layers']} layers"
+            elif system == "gaml-soft":
+                system += f", {run['ga_granularity']}"
+            # A run of a time without these fields has the paper's exits.
+            kind = (
+                run.get("exit_pooling", "cls"),
+                {"none": "", "layer": "LayerNorm"}[run.get("exit_norm", "none")],
+                f"x{run.get('exit_learning_rate_multiplier', 1.0):g}",
+                "yes" if run.get("exit_warm_start") else "no",
+            )
+            groups.setdefault((system, *kind), []).append(result)
+        rows = []
+        for name, found in groups.items():
+            several = len(found[0]["exit_layers"]) > 1
+            metric = get_task(task).main_metric
+            scores = [np.mean([exit_score(r, m, metric) for r in found]) for m in found[0]["exit_layers"]]
+            chosen = [answer(r, "entropy") for r in found] if several else []
+            rows.append(
+                [
+                    *name,
+                    " ".join(f"{score:.1f}" for score in scores) if several else "",
+                    spread([exit_score(r, r["exit_layers"][-1], metric) for r in found]),
+                    *([spread([score_at(r, speed_up=s) for r in found]) for s in (1.9, 2.5)] if several else ["", ""]),
+                    f"{np.mean([a.score for a in chosen]):.1f} at {np.mean([a.speed_up for a in chosen]):.2f}x"
+                    if several
+                    else "",
+                ]
+            )
+        header = ["system", "reads", "norm", "rate", "warm start", "exits, shallow to deep", "last exit"]
+        header += ["entropy at 1.9x", "at 2.5x", "threshold chosen on rows set aside"]
+        blocks.append(f"### {task} ({get_task(task).main_metric} x 100)\n\n" + table(header, rows))
+    return "\n".join(blocks)
+
+
 REPORTS: dict[str, Callable[..., str]] = {
-    f.__name__: f for f in (table1, table2, table3, table4, table5, fig3, fig4, fig5, ga)
+    f.__name__: f for f in (table1, table2, table3, table4, table5, fig3, fig4, fig5, ga, exits)
 }
 
 

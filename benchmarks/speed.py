@@ -138,7 +138,7 @@ def stock_loop(model: GamlBertForSequenceClassification, workload: Workload) -> 
             hidden_states = model._embed(batch["input_ids"][row : row + 1, :length], None, None, None)
             for m in range(1, last + 1):
                 hidden_states = model._run_layer(m, hidden_states, None)
-                model._run_exit(m, hidden_states).softmax(dim=-1).amax().item()
+                model._run_exit(m, model._pool(hidden_states, None)).softmax(dim=-1).amax().item()
 
 
 def waiting(model: GamlBertForSequenceClassification, workload: Workload) -> None:
@@ -148,7 +148,7 @@ def waiting(model: GamlBertForSequenceClassification, workload: Workload) -> Non
         mask = model._layer_mask(hidden_states, batch["attention_mask"])
         for m in range(1, int(exits.max()) + 1):
             hidden_states = model._run_layer(m, hidden_states, mask)
-            model._run_exit(m, hidden_states).softmax(dim=-1).amax().item()
+            model._run_exit(m, model._pool(hidden_states, batch["attention_mask"])).softmax(dim=-1).amax().item()
 
 
 def ours(model, workload: Workload) -> None:
@@ -233,7 +233,8 @@ def one_graph(model: BertForSequenceClassification, folder: Path, precision: str
 
 def make_systems(options: argparse.Namespace, folder: Path) -> dict[str, tuple[Callable, object]]:
     """By name: what runs a workload, and its model. The first is what the others are compared with."""
-    model = GamlBertForSequenceClassification(GamlBertConfig(num_hidden_layers=options.layers)).eval()
+    config = GamlBertConfig(num_hidden_layers=options.layers, exit_pooling=options.exit_pooling)
+    model = GamlBertForSequenceClassification(config).eval()
     eager = BertForSequenceClassification(BertConfig(num_hidden_layers=options.layers, attn_implementation="eager"))
     half = BertForSequenceClassification(
         BertConfig(num_hidden_layers=options.layers // 2, attn_implementation="eager")
@@ -337,7 +338,7 @@ def profile(models: dict[str, GamlBertForSequenceClassification], lengths: list[
             if part == "embeddings":
                 model._embed(batch["input_ids"], None, None, None)
             elif part == "exit and decision":
-                (model._run_exit(1, tokens[:1, None]).softmax(dim=-1).amax() > 0.5).item()
+                (model._run_exit(1, model._pool(tokens[None], None)).softmax(dim=-1).amax() > 0.5).item()
             elif part == "the model":
                 model(**batch, exit_policy=Budgeted(middle))
             else:  # all layers in turn: one alone would find its weights in the cache
@@ -396,6 +397,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--compile", action="store_true", help="our layers under torch.compile, too")
     parser.add_argument("--cpu_time", action="store_true", help="of this process, for a busy machine and one thread")
     parser.add_argument("--weights", action="store_true", help="int8 with signed and with unsigned weights, too")
+    parser.add_argument("--exit_pooling", choices=["cls", "mean"], default="cls", help="what an exit reads")
     parser.add_argument("--split", action="store_true", help="ours with every layer and with no layer split, too")
     parser.add_argument("--profile", action="store_true", help="only tell where the time of a single text goes")
     parser.add_argument("--systems", nargs="+", help="only these; the first named is the base")

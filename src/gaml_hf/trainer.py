@@ -188,7 +188,9 @@ class GamlTrainer(Trainer):
         rows = self.train_dataset
         rows = rows.select(chosen) if hasattr(rows, "select") else Subset(rows, chosen)
         with torch.random.fork_rng(devices=[]):  # a data loader draws a number when it starts
-            batches = self._get_dataloader(rows, "Training", self.args.eval_batch_size)
+            # No more than there are, which `dataloader_drop_last` would leave out.
+            batch_size = min(self.args.eval_batch_size, max(1, len(chosen) // self.args.world_size))
+            batches = self._get_dataloader(rows, "Training", batch_size)
             states, labels = collect_exit_states(
                 model, (self._prepare_inputs(batch) for batch in batches), self.accelerator.gather_for_metrics
             )
@@ -480,7 +482,7 @@ class GamlTrainer(Trainer):
             ),
             "nn.DataParallel (use torchrun, or show one GPU only)": self.args.n_gpu > 1,
             f"`optim={optim!r}`, which steps inside the backward pass": "lomo" in optim or "layerwise" in optim,
-            "`torch_compile`, whose graph can be walked back once and not for each of the two": self.args.torch_compile,
+            "`torch_compile` (a compiled graph can be walked back once, not twice)": self.args.torch_compile,
             "reentrant checkpointing (set its `use_reentrant` to `False`)": any(
                 # Left out, it is True to torch; transformers sets False where it gets no keywords at all.
                 getattr(module, "gradient_checkpointing", False)
