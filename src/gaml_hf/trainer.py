@@ -189,7 +189,9 @@ class GamlTrainer(Trainer):
         rows = rows.select(chosen) if hasattr(rows, "select") else Subset(rows, chosen)
         with torch.random.fork_rng(devices=[]):  # a data loader draws a number when it starts
             # No more than there are, which `dataloader_drop_last` would leave out.
-            batch_size = min(self.args.eval_batch_size, max(1, len(chosen) // self.args.world_size))
+            world_size = self.args.world_size  # of which a batch that is split must be a multiple
+            batch_size = min(self.args.eval_batch_size, len(chosen) // world_size)
+            batch_size = max(world_size, batch_size // world_size * world_size)
             batches = self._get_dataloader(rows, "Training", batch_size)
             states, labels = collect_exit_states(
                 model, (self._prepare_inputs(batch) for batch in batches), self.accelerator.gather_for_metrics
