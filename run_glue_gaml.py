@@ -462,7 +462,7 @@ def main(argv: list[str] | None = None) -> dict:
     # Data
     if gaml_args.exit_strategy is None and training_args.do_train:
         gaml_args.exit_strategy = "patience"  # the paper's (Sec. 6.5)
-    load_config(model_args, gaml_args)  # before any row is read
+    load_config(model_args, gaml_args, class_weights=None)  # before any row is read; the classes are not known yet
     sources = open_splits(data_args, model_args)
     task = None if data_args.task_name is None else get_task(data_args.task_name)
     eval_splits = list(task.validation_splits) if task else ["validation"]
