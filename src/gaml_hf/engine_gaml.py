@@ -179,10 +179,11 @@ def _best_seconds(runs: list[Callable[[], object]], rounds: int) -> list[float]:
 
 def prepacking_gain(linears: list[nn.Linear]) -> float:
     """
-    How many times as fast [`PrepackedLinear`] is on this processor for 32 tokens, measured in less than a second.
+    How many times as fast [`PrepackedLinear`] is on this processor for 32 tokens, measured in a second or two.
 
     Args:
-        linears (`list` of `torch.nn.Linear`): those of a layer, on the CPU, in one type.
+        linears (`list` of `torch.nn.Linear`): run in turn, on the CPU, in one type. Too many for the caches: with few
+            tokens, most of the gain is in reading the weights.
 
     Returns:
         `float`: their own time over that of the prepacked ones; below 1 where PyTorch's own kernels are faster.
@@ -194,7 +195,7 @@ def prepacking_gain(linears: list[nn.Linear]) -> float:
         for layer, x in zip(layers, tokens, strict=True):
             layer(x)
 
-    own, prepacked = _best_seconds([lambda: run(linears), lambda: run(packed)], rounds=12)
+    own, prepacked = _best_seconds([lambda: run(linears), lambda: run(packed)], rounds=10)
     return own / prepacked
 
 
