@@ -475,8 +475,8 @@ class GamlBertForSequenceClassification(BertPreTrainedModel):
         Make inference on a CPU faster where it can: reorder the encoder's weights for oneDNN's kernels, for good.
 
         Whether that is faster depends on processor and size. So the first three layers' are timed both ways, with 32
-        tokens and the threads that torch has, and where PyTorch's own kernels are as fast the model stays as it is. The
-        log tells: information where the weights were reordered, a warning where they were not.
+        tokens and the threads that torch has, and where PyTorch's own kernels are as fast the model stays as it is.
+        The log tells: information where the weights were reordered, a warning where they were not.
 
         The answers are the same up to rounding. The weights are replaced, not doubled; the model can still be saved,
         but no longer trained, cast or moved. Call it last, in evaluation mode, in float32 or bfloat16; a warning tells
