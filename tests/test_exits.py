@@ -232,6 +232,34 @@ def test_mixed_training_begins_with_the_last_exit_alone(tmp_path, mode):
             assert losses[step] == approx((1 - ALPHA) * expected + ALPHA * kd, rel=1e-4)
 
 
+@mark.parametrize("new", [True, False])
+def test_mixed_training_starts_new_exits_anew_and_leaves_trained_ones(tmp_path, new):
+    """When the others begin to learn: what they were trained to be is not made a regression."""
+    model = make_model(ga_mode="none", mixed_training=0.5, **LEARNING)
+    model.exits_are_new = new
+    trainer = make_trainer(tmp_path, model, max_steps=2, learning_rate=1e-9)
+    seen = []
+    model.register_forward_pre_hook(
+        lambda module, args: seen.append(module.exit_classifiers["1"].weight.clone()) if module.training else None
+    )
+    before = model.exit_classifiers["1"].weight.clone()
+    trainer.train()
+    first, second = seen
+    assert first.equal(before)  # alone, the last exit is the only one that starts
+    assert_close(second, before, atol=1e-6, rtol=0) if not new else None
+    assert new == ((second - before).abs().max() > 1e-3)
+    assert not model.exits_are_new
+
+
+def test_an_exit_that_is_frozen_is_not_started(tmp_path):
+    model = make_model(ga_mode="none", **LEARNING)
+    model.exit_classifiers["2"].requires_grad_(False)
+    before = {m: exit_.weight.clone() for m, exit_ in model.exit_classifiers.items()}
+    make_trainer(tmp_path, model, max_steps=1).train()
+    moved = [m for m, exit_ in model.exit_classifiers.items() if not exit_.weight.equal(before[m])]
+    assert moved == ["1", "3"]
+
+
 # ----------------------------------------------------------------------------------------------------- what is noticed
 
 

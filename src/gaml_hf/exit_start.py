@@ -67,7 +67,7 @@ def input_variation(states: Tensor) -> list[float]:
 @torch.no_grad()
 def warm_start(model: nn.Module, states: Tensor, labels: Tensor, exit_layers: Iterable[int] | None = None) -> None:
     """
-    Set each exit's linear layer to a logistic regression on `states`.
+    Set each exit's linear layer to a logistic regression on `states`. One that is frozen stays as it is.
 
     Args:
         model ([`GamlBertForSequenceClassification`]): its `exit_norm` is applied first.
@@ -81,7 +81,7 @@ def warm_start(model: nn.Module, states: Tensor, labels: Tensor, exit_layers: It
         return
     parameters = exit_parameters(model)
     for i, m in enumerate(model.config.exit_layers):
-        if exit_layers is not None and m not in exit_layers:
+        if exit_layers is not None and m not in exit_layers or (m, "weight") not in parameters:
             continue
         x = model.scale_exit_state(states[:, i]).double()
         mean, variance = x.mean(dim=0), x.var(dim=0, correction=0)
@@ -96,15 +96,15 @@ def warm_start(model: nn.Module, states: Tensor, labels: Tensor, exit_layers: It
         bias = x.new_full((model.config.num_labels,), offsets.min() - np.log(len(y)))
         weight[present] = torch.as_tensor(rows, device=x.device) / deviation
         bias[present] = torch.as_tensor(offsets, device=x.device) - weight[present] @ mean
-        for name, value in (("weight", weight), ("bias", bias)):
-            parameters[m, name].copy_(value)
+        parameters[m, "weight"].copy_(weight)
+        parameters[m, "bias"].copy_(bias)
 
 
 def exit_parameters(model: nn.Module) -> dict[tuple[int, str], nn.Parameter]:
     """Of the linear exits that are trained, by layer and name; a wrapper such as PEFT's may have copied them."""
     found = {}
     for name, parameter in model.named_parameters():
-        match = re.search(r"(?:^|\.)exit_classifiers\.(\d+)\..*?(weight|bias)$", f"{name}")
+        match = re.search(r"(?:^|\.)exit_classifiers\.(\d+)\.(?:modules_to_save\.\w+\.)?(weight|bias)$", name)
         if match and parameter.requires_grad:
             found[int(match[1]), match[2]] = parameter
     return found

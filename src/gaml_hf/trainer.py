@@ -170,15 +170,10 @@ class GamlTrainer(Trainer):
         self._kd_loss = kd_loss.detach()
         return (ce_loss, outputs) if return_outputs else ce_loss
 
-    # Exits: how their inputs are scaled, where they start, and how fast they learn
+    # Exits: what they read, where they start, and how fast they learn
 
-    def _start_exits(self, exit_layers: list[int] | None = None) -> None:
-        """
-        Look at what the exits read of some training rows, and let new ones start there.
-
-        Args:
-            exit_layers (`list[int]`, *optional*): start these; all by default.
-        """
+    def _start_exits(self, exit_layers: list[int]) -> None:
+        """Look at what the exits read of some training rows, and let the new ones of `exit_layers` start there."""
         model, config = self._bare_model, self.model.config
         if self._is_sharded or not has_length(self.train_dataset):
             logger.info("The exits' inputs are not looked at: the model is sharded, or the dataset has no length.")
@@ -730,16 +725,20 @@ class _TrainingGuard(TrainerCallback):
         if state.global_step:  # resumed
             self._resume_stopping(state, control)
         elif self.trainer._bare_model.exits_are_new:
-            self.trainer._start_exits()
-        self.trainer._bare_model.exits_are_new = False
+            config = self.trainer.model.config
+            # With mixed training the others start when their time comes, at what the layers tell then.
+            self.trainer._start_exits(config.exit_layers[-1:] if config.mixed_training else config.exit_layers)
 
     def on_step_begin(self, args, state, control, **kwargs: Any):
         """Mixed training (Kubaty et al., 2025): first the last exit alone, then all."""
         trainer, model = self.trainer, self.trainer._bare_model
         first = math.ceil(model.config.mixed_training * state.max_steps)
         model.last_exit_alone = state.global_step < first
-        if first and state.global_step == first and model.config.exit_warm_start:
+        if model.last_exit_alone:
+            return
+        if first and state.global_step == first and model.exits_are_new:
             trainer._start_exits(model.config.exit_layers[:-1])
+        model.exits_are_new = False
 
     def on_train_end(self, args, state, control, **kwargs: Any):
         getattr(self.trainer.model, "new_exit_weights", set()).clear()
