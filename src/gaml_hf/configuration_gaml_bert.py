@@ -160,7 +160,7 @@ class GamlBertConfig(BertConfig):
         if model_type == "bert":  # else the config would go on calling itself "bert"
             config_dict = {key: value for key, value in config_dict.items() if key != "model_type"}
         elif "exit_pooling" not in config_dict:  # of a time when every exit read [CLS], as it is
-            config_dict = {**config_dict, "exit_pooling": "cls", "exit_norm": "none"}
+            config_dict = {**config_dict, "exit_pooling": "cls"}
         return config_dict, kwargs
 
     @classmethod

@@ -251,7 +251,7 @@ class GamlBertForSequenceClassification(BertPreTrainedModel):
             logits=logits,
             exit_layer=exit_layer,
             exit_logits=exit_logits,
-            exit_states=exit_states.detach() if output_exit_states else None,
+            exit_states=torch.stack(exit_states, dim=1).detach() if output_exit_states else None,
             ce_loss=ce_loss,
             kd_loss=kd_loss,
         )
@@ -378,10 +378,10 @@ class GamlBertForSequenceClassification(BertPreTrainedModel):
 
     def _run_all_exits(
         self, hidden_states: Tensor, attention_mask: Tensor | None, exit_layers: list[int] | None = None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, list[Tensor]]:
         """
         Of all exits, or of those after `exit_layers` and no layer above: the logits `(batch_size, num_exits,
-        num_labels)`, and the states that were scaled for them.
+        num_labels)`, and the states that were scaled for them, `(batch_size, hidden_size)` each.
         """
         exit_layers = exit_layers or self.config.exit_layers
         layer_mask = self._layer_mask(hidden_states, attention_mask)
@@ -393,7 +393,7 @@ class GamlBertForSequenceClassification(BertPreTrainedModel):
                 exit_logits.append(self._classify(m, exit_states[-1]))
                 if self.config.stop_gradient_between_exits:  # SWEET: no layer has a gradient from two exits
                     hidden_states = hidden_states.detach()
-        return torch.stack(exit_logits, dim=1), torch.stack(exit_states, dim=1)
+        return torch.stack(exit_logits, dim=1), exit_states
 
     def _exit_early(
         self, hidden_states: Tensor, attention_mask: Tensor | None, policy: ExitPolicy
