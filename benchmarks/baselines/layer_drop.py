@@ -10,27 +10,35 @@ In more than one process, set `ddp_find_unused_parameters=True`: a dropped layer
 """
 
 import torch
-from torch.nn import Module
+from torch import Tensor
+from torch.nn import ModuleList
 from transformers import PreTrainedModel, Trainer
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.models.bert.modeling_bert import BertEncoder
 
 from .context import Context, layers_per_module, load_backbone, make_trainer
-from .encoder import SamplingEncoder, keep_layers
 
 
-class LayerDropEncoder(SamplingEncoder):
-    """Drops each layer with probability `drop_rate` in training; keeps the first of every `ratio` layers."""
+class LayerDropEncoder(BertEncoder):
+    """Drops each layer with probability `drop_rate` in training; else runs the first of every `ratio` layers alone."""
 
     def __init__(self, config, ratio: int, drop_rate: float):
         super().__init__(config)
         self.ratio = ratio
         self.drop_rate = drop_rate
 
-    def sampled_layers(self) -> list[Module]:
-        kept = (torch.rand(len(self.layer)) >= self.drop_rate).tolist()
-        return [layer for layer, keep in zip(self.layer, kept, strict=True) if keep]
-
-    def kept_layers(self) -> list[Module]:
-        return list(self.layer[:: self.ratio])
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        layers = list(self.layer)
+        if self.training:
+            kept = (torch.rand(len(layers)) >= self.drop_rate).tolist()
+            layers = [layer for layer, keep in zip(layers, kept, strict=True) if keep]
+        else:
+            layers = layers[:: self.ratio]
+        for layer in layers:
+            hidden_states = layer(hidden_states, attention_mask, **kwargs)
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden_states)
 
 
 def make(context: Context, *, drop_rate: float | None = None) -> Trainer:
@@ -52,4 +60,11 @@ def make(context: Context, *, drop_rate: float | None = None) -> Trainer:
 
 
 def finish(trainer: Trainer) -> PreTrainedModel:
-    return keep_layers(trainer.model)
+    """The model with a stock encoder of the kept layers alone: it saves and loads as any BERT."""
+    model = trainer.model
+    kept = ModuleList(model.bert.encoder.layer[:: model.bert.encoder.ratio])
+    model.config.num_hidden_layers = len(kept)
+    encoder = BertEncoder(model.config)
+    encoder.layer = kept
+    model.bert.encoder = encoder.train(model.training)
+    return model
