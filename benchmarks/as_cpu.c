@@ -1,8 +1,8 @@
 /*
 Runs a program as if the processor had fewer instructions: every CPUID is trapped and answered without them.
 
-    cc -shared -fPIC -o /tmp/as_cpu.so benchmarks/as_cpu.c -ldl
-    AS_CPU=avx2 LD_PRELOAD=/tmp/as_cpu.so python benchmarks/speed.py
+    cc -shared -fPIC -o ./as_cpu.so benchmarks/as_cpu.c -ldl
+    AS_CPU=avx2 LD_PRELOAD=./as_cpu.so python benchmarks/speed.py
 
 AS_CPU=avx2 hides AVX-512 and all that came with it or after it: VNNI, bf16, AMX. AS_CPU=avx512 leaves AVX-512 as it
 first was (F, CD, BW, DQ, VL). Libraries that choose their kernels by CPUID (PyTorch, oneDNN, MKL, ONNX Runtime) then
