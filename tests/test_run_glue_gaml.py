@@ -373,6 +373,9 @@ def test_other_formats_pairs_and_many_classes(common, tmp_path, suffix):
     assert '{"text": "A text to classify.", "text_pair": ' in (tmp_path / "out" / "README.md").read_text()
     assert run["config"]["exit_strategy"] == "entropy"
     assert run["data_arguments"]["text_columns"] is None  # both text columns were found
+    # Three weights are right for these rows, though the model as it comes would have two classes.
+    words += ["--num_train_epochs", "1", "--exit_strategy", "none", "--overwrite_output_dir", "--class_weights"]
+    assert run_glue_gaml.main([*words, "1", "2", "0.5"])["config"]["class_weights"] == [1.0, 2.0, 0.5]
 
 
 def test_a_speed_up_that_no_policy_reaches_is_told(common, files, tmp_path, capsys):
