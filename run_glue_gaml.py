@@ -847,6 +847,7 @@ def card_values(run: dict, data_args: DataTrainingArguments, model_args: ModelAr
         "versions": run["versions"],
         "command": run["command"],
         "text_columns": run["columns"]["text"],
+        "label_column": run["columns"]["label"],
         "max_length": run["max_length"],
     }
     if "global_step" in run:

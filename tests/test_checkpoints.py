@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from transformers import AutoModel, EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification, GamlTrainer, checkpoints, hub
-from gaml_hf.checkpoints import SEAL, why_incomplete
+from gaml_hf.checkpoints import SEAL, why_incomplete, write_seal
 from gaml_hf.checksums_gaml import verify_checksum, write_checksum
 from gaml_hf.configuration_gaml_bert import PAPER_LETTER
 from gaml_hf.hub import check_checkpoint, save_checkpoint
@@ -204,6 +204,24 @@ def test_a_named_checkpoint_must_be_whole(make, tmp_path, name):
         make().train(resume_from_checkpoint=str(folder))
     with raises(ValueError, match="Got `.*nowhere`, which is not there"):
         make().train(resume_from_checkpoint=str(tmp_path / "nowhere"))
+
+
+@mark.parametrize("is_told", [True, False], ids=["told", "of before"])
+def test_a_resume_keeps_the_learning_rates_of_the_groups(make, tmp_path, is_told):
+    """Else torch's words for an optimizer of other groups, or the old rate without a word."""
+    make(max_steps=2).train()
+    folder = tmp_path / "out" / "checkpoint-2"
+    if not is_told:
+        config = json.loads((folder / "config.json").read_text())
+        del config["exit_learning_rate_multiplier"]
+        (folder / "config.json").write_text(json.dumps(config))
+        write_seal(folder)
+    resumed = make(max_steps=4)
+    resumed.model.config.exit_learning_rate_multiplier = 10.0
+    with raises(ValueError, match="`exit_learning_rate_multiplier` must be as in the checkpoint .*is 1.0. Got 10.0"):
+        resumed.train(resume_from_checkpoint=True)
+    resumed.model.config.exit_learning_rate_multiplier = 1
+    resumed.train(resume_from_checkpoint=True)
 
 
 def test_nothing_to_resume_from(make, tmp_path):

@@ -438,6 +438,8 @@ def test_card_shows_the_call_that_the_model_takes(model):
     assert PAIR_CALL in two
     assert "- Trained on the column `premise` and the column `hypothesis`, a pair of texts\n" in two
     assert 'classifier("A text' not in two
+    told = render_card(model.config, text_columns=["review"], label_column="stars")
+    assert "- Trained on the column `review`; classes from the column `stars`\n" in told
 
 
 @mark.parametrize(

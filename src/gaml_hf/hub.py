@@ -363,6 +363,7 @@ def render_card(
     latency_speed_up: float | None = None,
     rows: Mapping[str, int] | None = None,
     text_columns: Sequence[str] = (),
+    label_column: str | None = None,
     max_length: int | None = None,
     baseline: tuple[str, float] | None = None,
     training_arguments: Mapping | None = None,
@@ -400,6 +401,7 @@ def render_card(
         latency_speed_up (`float`, *optional*): of `chosen`, on the clock at batch 1 on `hardware`.
         rows (`dict[str, int]`, *optional*): how many rows were used for what.
         text_columns (`list[str]`, *optional*): the columns of the texts; two make a model of pairs.
+        label_column (`str`, *optional*): the column of the classes.
         max_length (`int`, *optional*): tokens to which a text is cut.
         baseline (`tuple[str, float]`, *optional*): something to compare with: its name and score.
         training_arguments (`dict`, *optional*): those worth printing, as they come: no paths, no tokens.
@@ -483,6 +485,7 @@ def render_card(
         target_speed_up=target_speed_up,
         missed=chosen is not None and target_speed_up is not None and not chosen.within(tuple(target_speed_up)),
         text_columns=list(text_columns),
+        label_column=label_column,
         max_length=max_length,
         flops_speed_up=flops_speed_up if _measured(flops_speed_up) else None,
         latency_speed_up=latency_speed_up if _measured(latency_speed_up) else None,

@@ -1,5 +1,6 @@
 """`GamlTrainer`: a Trainer whose step aligns the distillation gradient (Zhu et al., 2021, Sec. 5)."""
 
+import json
 import math
 import re
 import shutil
@@ -504,6 +505,7 @@ class GamlTrainer(Trainer):
                 checkpoint = newest_complete_checkpoint(self.args.output_dir)
             else:
                 checkpoint = check_named_checkpoint(resume_from_checkpoint)
+            self._refuse_other_groups(checkpoint)
             self._tell_missing_state(checkpoint)
             resume_from_checkpoint = str(checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -511,6 +513,19 @@ class GamlTrainer(Trainer):
     @property
     def _is_sharded(self) -> bool:
         return self.is_deepspeed_enabled or self.is_fsdp_enabled
+
+    def _refuse_other_groups(self, checkpoint: Path) -> None:
+        """The optimizer's groups, and the learning rate of each, are stored: they cannot be others on a resume."""
+        path, now = checkpoint / "config.json", self.model.config.exit_learning_rate_multiplier
+        if not path.is_file():  # of PEFT
+            return
+        # A checkpoint that does not say it is of a time when exits learned at the rate of the encoder.
+        then = json.loads(path.read_text(encoding="utf-8")).get("exit_learning_rate_multiplier", 1.0)
+        if now != then:
+            raise ValueError(
+                f"`exit_learning_rate_multiplier` must be as in the checkpoint to go on from, `{checkpoint}`, where "
+                f"it is {then}. Got {now}."
+            )
 
     def _tell_missing_state(self, checkpoint: Path) -> None:
         """Warn of what makes a resume inexact; the stock Trainer says nothing of it, or at level INFO."""
