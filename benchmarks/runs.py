@@ -195,7 +195,8 @@ def perform(run: Run, settings: Settings) -> dict[str, Any]:
     }
     settings.ledger.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-    unfinished.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    line = json.dumps(result, allow_nan=False, separators=(",", ":"))  # one line a run: thousands of numbers each
+    unfinished.write_text(line + "\n", encoding="utf-8")
     os.replace(unfinished, path)
     return result
 
