@@ -44,11 +44,8 @@ from transformers import (
     set_seed,
 )
 
-from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification, GamlTrainer, __version__, plots
-from gaml_hf.checkpoints import training_checkpoints
-from gaml_hf.configuration_gaml_bert import PAPER_LETTER
-from gaml_hf.data_files import RowFile, class_names, encode_labels, find_text_columns, known_classes, read_split
-from gaml_hf.engine_gaml import bfloat16_cost
+from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification, GamlTrainer, __version__
+from gaml_hf.data.files import RowFile, class_names, encode_labels, find_text_columns, known_classes, read_split
 from gaml_hf.evaluation import (
     ExitMetrics,
     OperatingPoint,
@@ -60,15 +57,19 @@ from gaml_hf.evaluation import (
     layer_speed_up,
     one_class_exits,
     overthinking,
+    plots,
     replay,
     score_exits,
     sweep,
     warn_of_one_class,
 )
-from gaml_hf.exiting_gaml import EXIT_POLICIES
-from gaml_hf.glue import GLUE_TASKS, GlueMetric, GlueTask, get_task, selection_scorer
+from gaml_hf.evaluation.glue import GLUE_TASKS, GlueMetric, GlueTask, get_task, selection_scorer
 from gaml_hf.hub import TOLD_ARGUMENTS, TOLD_FIELDS, push_checkpoint, save_checkpoint
-from gaml_hf.pipeline_gaml import MIN_LENGTH
+from gaml_hf.hub.folders import training_checkpoints
+from gaml_hf.models.configuration_gaml_bert import PAPER_LETTER
+from gaml_hf.models.engine_gaml import bfloat16_cost
+from gaml_hf.models.exiting_gaml import EXIT_POLICIES
+from gaml_hf.models.pipeline_gaml import MIN_LENGTH
 
 
 logger = logging.getLogger(__name__)

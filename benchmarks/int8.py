@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 
 from gaml_hf import GamlBertForSequenceClassification
 from gaml_hf.evaluation import layer_speed_up, replay, score_exits, sweep
-from gaml_hf.ort import GamlOrtModelForSequenceClassification, export_onnx
+from gaml_hf.runtime.ort import GamlOrtModelForSequenceClassification, export_onnx
 
 
 def accuracy(predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:

@@ -46,8 +46,8 @@ from transformers import BertConfig, BertModel, BertTokenizer, TrainingArguments
 
 import run_glue_gaml
 from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification, GamlTrainer
-from gaml_hf.checkpoints import SEAL, training_checkpoints
 from gaml_hf.hub import check_checkpoint, save_checkpoint
+from gaml_hf.hub.folders import SEAL, training_checkpoints
 
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] the film is good bad fine dull and very".split()

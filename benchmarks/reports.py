@@ -17,9 +17,8 @@ import numpy as np
 from scipy import stats
 
 from benchmarks.runs import decode_array, scorer
-from gaml_hf import plots
-from gaml_hf.evaluation import choose, layer_speed_up, replay, sweep
-from gaml_hf.glue import get_task
+from gaml_hf.evaluation import choose, layer_speed_up, plots, replay, sweep
+from gaml_hf.evaluation.glue import get_task
 
 
 TARGET = (1.8, 2.1)

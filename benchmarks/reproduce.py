@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a program
 from benchmarks import reports
 from benchmarks.baselines import BASELINES
 from benchmarks.runs import EXIT_SYSTEMS, Run, Settings, perform
-from gaml_hf.glue import GLUE_TASKS, get_task
+from gaml_hf.evaluation.glue import GLUE_TASKS, get_task
 
 
 # Sec. 6.4

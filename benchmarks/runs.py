@@ -41,10 +41,10 @@ from transformers import (
 
 from benchmarks.baselines import BASELINES, Context
 from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification, GamlTrainer
-from gaml_hf.alignment import cos_angle
-from gaml_hf.configuration_gaml_bert import PAPER_LETTER
 from gaml_hf.evaluation import ExitMetrics
-from gaml_hf.glue import GlueMetric, get_task, selection_scorer
+from gaml_hf.evaluation.glue import GlueMetric, get_task, selection_scorer
+from gaml_hf.models.configuration_gaml_bert import PAPER_LETTER
+from gaml_hf.training.alignment import cos_angle
 
 
 # The systems that are a configuration of our own model.

@@ -42,8 +42,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification
-from gaml_hf.engine_gaml import Layout, PrepackedLinear, bfloat16_cost, run_cls, run_layer
-from gaml_hf.exiting_gaml import Budgeted, ExitPolicy, FullDepth, policy_from_config
+from gaml_hf.models.engine_gaml import Layout, PrepackedLinear, bfloat16_cost, run_cls, run_layer
+from gaml_hf.models.exiting_gaml import Budgeted, ExitPolicy, FullDepth, policy_from_config
 
 
 # Tokens of a text, [CLS] and [SEP] included: 0%, 5%, ... 100% quantiles of the GLUE validation sets under BERT's
@@ -254,7 +254,7 @@ def make_systems(options: argparse.Namespace, folder: Path) -> dict[str, tuple[C
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
         systems["ours, bf16 prepacked"] = (ours, copy.deepcopy(model).to(torch.bfloat16).prepack())
     if importlib.util.find_spec("onnxruntime"):
-        from gaml_hf.ort import GamlOrtModelForSequenceClassification, export_onnx
+        from gaml_hf.runtime.ort import GamlOrtModelForSequenceClassification, export_onnx
 
         for precision in ("fp32", "int8"):
             graph = one_graph(eager, folder, precision, options.threads)
@@ -268,7 +268,7 @@ def make_systems(options: argparse.Namespace, folder: Path) -> dict[str, tuple[C
             by_row = precision == "int8" and options.batch_sizes != [1]
             systems[f"ours, ONNX Runtime {precision}"] = (ours_by_row if by_row else ours, session)
         for weight_type in ("int8", "uint8") if options.weights else ():  # whether or not they are exact
-            with patch("gaml_hf.ort.exact_weight_type", return_value=weight_type):
+            with patch("gaml_hf.runtime.ort.exact_weight_type", return_value=weight_type):
                 session = GamlOrtModelForSequenceClassification.from_pretrained(
                     folder / "int8", num_threads=options.threads
                 )
@@ -292,7 +292,7 @@ def processor() -> str:
     name = f"{names[0] if names else platform.processor() or platform.machine()}, PyTorch takes it for "
     name += f"{torch.backends.cpu.get_cpu_capability()}; bf16 takes {bfloat16_cost():.2f} of the time of fp32"
     if importlib.util.find_spec("onnxruntime"):
-        from gaml_hf.ort import exact_weight_type
+        from gaml_hf.runtime.ort import exact_weight_type
 
         name += f"; ONNX Runtime's int8 has weights of {exact_weight_type()}"
     return name

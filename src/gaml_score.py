@@ -1,5 +1,5 @@
 """
-The command `gaml-score`: classify every row of a file, see `gaml_hf.scoring`.
+The command `gaml-score`: classify every row of a file, see `gaml_hf.runtime.scoring`.
 
 It stands outside the package because `import gaml_hf` takes seconds: `--help` and a wrong file or model do not.
 """
@@ -31,7 +31,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--num_proc", type=int, default=1, help="processes (default: %(default)s)")
     add("--num_threads", type=int, help="CPU threads of each process (default: PyTorch's)")
     add("--device", help='"cpu", "cuda:0", ... (default: a GPU where there is one)')
-    add("--onnx", action="store_true", help="the model is an export of gaml_hf.ort; runs on the CPU (default: no)")
+    add(
+        "--onnx",
+        action="store_true",
+        help="the model is an export to ONNX; runs on the CPU (default: no)",
+    )
     add("--prepack", action="store_true", help="reorder the weights for the CPU first (default: no)")
     add("--on_error", choices=["skip", "raise"], default="skip", help="what a bad row does (default: %(default)s)")
     add("--max_length", type=int, help="longer texts are cut to this many tokens (default: as in training)")
@@ -51,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if (problem := _wrong_options(options) or _wrong_model(options.model, options.onnx)) is not None:
         parser.error(problem)
 
-    from gaml_hf.scoring import ClassifierLoader, score_file
+    from gaml_hf.runtime.scoring import ClassifierLoader, score_file
 
     arguments = {name: getattr(options, name) for name in (*EXITS, "max_length")}
     try:

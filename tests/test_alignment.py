@@ -8,7 +8,7 @@ from torch import nn, tensor
 from torch.testing import assert_close
 
 from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification, align_, alignment_coefficient, cos_angle
-from gaml_hf.alignment import RELATIVE_FLOOR, parameter_groups
+from gaml_hf.training.alignment import RELATIVE_FLOOR, parameter_groups
 from reference import alignment_reference
 
 

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
 from transformers import AutoModel, EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
-from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification, GamlTrainer, checkpoints, hub
-from gaml_hf.checkpoints import SEAL, why_incomplete, write_seal
-from gaml_hf.checksums_gaml import verify_checksum, write_checksum
-from gaml_hf.configuration_gaml_bert import PAPER_LETTER
-from gaml_hf.hub import check_checkpoint, save_checkpoint
-from gaml_hf.ort import GamlOrtModelForSequenceClassification, export_onnx
+from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification, GamlTrainer, hub
+from gaml_hf.hub import check_checkpoint, folders, save_checkpoint
+from gaml_hf.hub.folders import SEAL, why_incomplete, write_seal
+from gaml_hf.models.checksums_gaml import verify_checksum, write_checksum
+from gaml_hf.models.configuration_gaml_bert import PAPER_LETTER
+from gaml_hf.runtime.ort import GamlOrtModelForSequenceClassification, export_onnx
 from test_trainer import IS_OLD_TRANSFORMERS
 
 
@@ -116,7 +116,7 @@ def cut(path: Path) -> None:
 def test_a_short_campaign_of_kills(tmp_path):
     """SIGKILL; the long one is `python benchmarks/kills.py`."""
     words = f"--trials 2 --seed 4 --parts training saving --output {tmp_path / 'kills.json'}"
-    environment = os.environ | {"PYTHONPATH": str(Path(checkpoints.__file__).parents[1])}
+    environment = os.environ | {"PYTHONPATH": str(Path(folders.__file__).parents[2])}
     command = [sys.executable, str(ROOT / "benchmarks" / "kills.py"), *words.split()]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
@@ -266,7 +266,7 @@ def test_older_checkpoints_go_only_when_the_new_one_is_sealed(make, tmp_path, mo
         trainer.train()
     trainer = make(save_total_limit=1)
     with monkeypatch.context() as patch:
-        patch.setattr("gaml_hf.trainer.write_seal", killed)
+        patch.setattr("gaml_hf.training.trainer.write_seal", killed)
         with raises(KeyboardInterrupt):
             trainer.train(resume_from_checkpoint=True)
     names = sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*"))
@@ -276,20 +276,20 @@ def test_older_checkpoints_go_only_when_the_new_one_is_sealed(make, tmp_path, mo
 
 
 def test_rotation_keeps_the_new_one_and_the_best(tmp_path):
-    def folders():
+    def steps():
         return sorted(int(path.name.split("-")[1]) for path in tmp_path.iterdir())
 
     for step in (2, 4, 6, 8, 10):
         (tmp_path / f"checkpoint-{step}").mkdir()
     new, best = tmp_path / "checkpoint-8", tmp_path / "checkpoint-2"  # 10 is of an abandoned run
-    checkpoints.rotate_checkpoints(tmp_path, None, [new])
-    assert folders() == [2, 4, 6, 8, 10]
-    checkpoints.rotate_checkpoints(tmp_path, 4, [new, best])
-    assert folders() == [2, 6, 8, 10]
-    checkpoints.rotate_checkpoints(tmp_path, 1, [new, best])
-    assert folders() == [2, 8]
-    checkpoints.rotate_checkpoints(tmp_path, 1, [new])
-    assert folders() == [8]
+    folders.rotate_checkpoints(tmp_path, None, [new])
+    assert steps() == [2, 4, 6, 8, 10]
+    folders.rotate_checkpoints(tmp_path, 4, [new, best])
+    assert steps() == [2, 6, 8, 10]
+    folders.rotate_checkpoints(tmp_path, 1, [new, best])
+    assert steps() == [2, 8]
+    folders.rotate_checkpoints(tmp_path, 1, [new])
+    assert steps() == [8]
 
 
 BEST = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "save_total_limit": 1}
@@ -516,17 +516,17 @@ def test_a_full_disk_in_a_training(make, small_disk, tmp_path):
 
 def test_the_error_of_a_full_disk_says_how_much(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: usage._replace(free=3 * 2**20))
-    told = checkpoints.explain_full_disk(RuntimeError("writer failed"), tmp_path / "new" / "one", 8 * 2**20)
+    monkeypatch.setattr(folders.shutil, "disk_usage", lambda path: usage._replace(free=3 * 2**20))
+    told = folders.explain_full_disk(RuntimeError("writer failed"), tmp_path / "new" / "one", 8 * 2**20)
     assert "writer failed. There 3.0 MiB are free, and about 8.0 MiB are needed." in told
-    assert checkpoints.explain_full_disk(RuntimeError("another"), tmp_path, 2 * 2**20) is None
-    assert checkpoints.explain_full_disk(OSError(28, "No space left on device"), tmp_path, 2 * 2**20)
+    assert folders.explain_full_disk(RuntimeError("another"), tmp_path, 2 * 2**20) is None
+    assert folders.explain_full_disk(OSError(28, "No space left on device"), tmp_path, 2 * 2**20)
 
 
 def test_the_next_save_takes_away_what_a_killed_one_left(model, tokenizer, folder):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    stages = {pid: checkpoints.staging_folder(folder) for pid in (dead.pid, os.getpid())}
+    stages = {pid: folders.staging_folder(folder) for pid in (dead.pid, os.getpid())}
     name = stages[dead.pid].name.replace(f"-{os.getpid()}-", f"-{dead.pid}-")
     left = stages[dead.pid].rename(folder / name)
     (left / "model.safetensors").write_bytes(b"half")

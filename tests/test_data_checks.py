@@ -8,7 +8,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, IterableDataset, List, Value
 from pytest import fixture, mark, raises
 
-from gaml_hf.data_checks import check_dataset, column_values
+from gaml_hf.data.checks import check_dataset, column_values
 from test_trainer import IS_OLD_TRANSFORMERS, Rows, make_model, make_trainer
 
 

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pytest import fixture, mark, raises
 
-from gaml_hf.data_files import RowFile, class_names, encode_labels, find_text_columns, read_split
+from gaml_hf.data.files import RowFile, class_names, encode_labels, find_text_columns, read_split
 
 
 def read(path, columns=None):

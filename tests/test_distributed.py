@@ -19,7 +19,7 @@ from pytest import approx, fixture, mark
 from torch.testing import assert_close
 from transformers import BertConfig, BertModel, BertTokenizer, TrainerCallback
 
-import gaml_hf.trainer
+import gaml_hf.training.trainer
 import run_glue_gaml
 from gaml_hf import GamlBertForSequenceClassification
 from gaml_hf.evaluation import ExitMetrics
@@ -339,7 +339,7 @@ def poison(model, **kwargs):
 
 
 def poison_the_loss(**kwargs):
-    gaml_hf.trainer.total_loss = lambda *_: torch.tensor(math.nan)
+    gaml_hf.training.trainer.total_loss = lambda *_: torch.tensor(math.nan)
 
 
 def bad_label(folder):

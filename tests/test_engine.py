@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig
 from transformers.models.bert.modeling_bert import BertLayer
 
 from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification, GamlTextClassificationPipeline
-from gaml_hf.engine_gaml import (
+from gaml_hf.models.engine_gaml import (
     Layout,
     PrepackedLinear,
     bfloat16_cost,
@@ -21,7 +21,7 @@ from gaml_hf.engine_gaml import (
     run_layer,
     run_rest,
 )
-from gaml_hf.exiting_gaml import MIN_ROWS_TO_GUESS, Budgeted, Entropy, FullDepth, MaxProb, Patience
+from gaml_hf.models.exiting_gaml import MIN_ROWS_TO_GUESS, Budgeted, Entropy, FullDepth, MaxProb, Patience
 
 
 POLICIES = [FullDepth(), Budgeted(2), Patience(1), Patience(2), Entropy(0.4), MaxProb(0.8)]
@@ -154,14 +154,16 @@ def test_half_precision_is_near_float32_row_by_row(dtype, tolerance, model):
 @fixture
 def prepacked(model, monkeypatch):
     """Whether or not that is faster here; for a model as small as this one it is not."""
-    monkeypatch.setattr("gaml_hf.modeling_gaml_bert.prepacking_gain", lambda linears: 2.0)
+    monkeypatch.setattr("gaml_hf.models.modeling_gaml_bert.prepacking_gain", lambda linears: 2.0)
     return copy.deepcopy(model).prepack()
 
 
 def test_prepack_does_what_is_faster(model, monkeypatch, caplog):
     weights, timed = model.state_dict(), []
     for gain in (0.4, 1.0, 1.4):
-        monkeypatch.setattr("gaml_hf.modeling_gaml_bert.prepacking_gain", lambda ls, g=gain: timed.append(ls) or g)
+        monkeypatch.setattr(
+            "gaml_hf.models.modeling_gaml_bert.prepacking_gain", lambda ls, g=gain: timed.append(ls) or g
+        )
         found = copy.deepcopy(model).prepack()
         assert any(isinstance(module, PrepackedLinear) for module in found.modules()) == (gain > 1)
         assert f"Not prepacked: that is {gain:.2f} times as fast" in caplog.text or gain > 1
@@ -260,8 +262,8 @@ def test_a_prepacked_model_in_the_pipeline(prepacked, model, tokenizer):
 
 @mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="needs a processor with AVX-512 at least")
 def test_prepacked_bfloat16(model, monkeypatch, caplog):
-    monkeypatch.setattr("gaml_hf.modeling_gaml_bert.prepacking_gain", lambda linears: 2.0)
-    monkeypatch.setattr("gaml_hf.modeling_gaml_bert.bfloat16_cost", lambda: 5.8)
+    monkeypatch.setattr("gaml_hf.models.modeling_gaml_bert.prepacking_gain", lambda linears: 2.0)
+    monkeypatch.setattr("gaml_hf.models.modeling_gaml_bert.bfloat16_cost", lambda: 5.8)
     model.to(torch.bfloat16)
     batch = texts(24, 12)
     with torch.no_grad():

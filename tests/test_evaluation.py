@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification, GamlTrainer
-from gaml_hf.configuration_gaml_bert import PAPER_LETTER
 from gaml_hf.evaluation import (
     ExitMetrics,
     OperatingPoint,
@@ -27,6 +26,7 @@ from gaml_hf.evaluation import (
     score_exits,
     sweep,
 )
+from gaml_hf.models.configuration_gaml_bert import PAPER_LETTER
 
 
 NUM_ROWS, LENGTH, NUM_LABELS = 96, 7, 3
@@ -421,7 +421,7 @@ def test_latency_speed_up_on_a_clock_of_layers(build, rows, monkeypatch, batch_s
         layer.attention.self.key.register_forward_hook(count("layer"))
     for m in (1, 4):
         model.exit_classifiers[str(m)].register_forward_hook(count(f"exit_{m}"))
-    monkeypatch.setattr("gaml_hf.evaluation.time", SimpleNamespace(perf_counter=lambda: float(calls["layer"])))
+    monkeypatch.setattr("gaml_hf.evaluation.speed.time", SimpleNamespace(perf_counter=lambda: float(calls["layer"])))
     found = latency_speed_up(model, rows, batch_size=batch_size, repeats=3)
     assert found == {
         "speed_up": 4.0,

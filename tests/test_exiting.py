@@ -7,8 +7,9 @@ from pytest import approx, fixture, mark, raises
 from scipy.stats import entropy
 from torch import tensor
 
-from gaml_hf import ExitPolicy, GamlBertConfig, GamlBertForSequenceClassification, exiting_gaml, policy_from_config
-from gaml_hf.exiting_gaml import Budgeted, Entropy, FullDepth, MaxProb, Patience, normalized_entropy, register
+from gaml_hf import ExitPolicy, GamlBertConfig, GamlBertForSequenceClassification, policy_from_config
+from gaml_hf.models import exiting_gaml
+from gaml_hf.models.exiting_gaml import Budgeted, Entropy, FullDepth, MaxProb, Patience, normalized_entropy, register
 
 
 def probabilities(logits):

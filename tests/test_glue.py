@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from gaml_hf.glue import GLUE_TASKS, GlueMetric, GlueTask, get_task, selection_score
+from gaml_hf.evaluation.glue import GLUE_TASKS, GlueMetric, GlueTask, get_task, selection_score
 
 
 GLUE_DATA = Path(__file__).resolve().parents[2] / "shared" / "glue"

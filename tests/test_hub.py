@@ -31,8 +31,9 @@ from transformers import (
 from conftest import hub_environment
 from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification, GamlTextClassificationPipeline, GamlTrainer, hub
 from gaml_hf.evaluation import OperatingPoint
-from gaml_hf.handler import EndpointHandler
 from gaml_hf.hub import check_checkpoint, push_checkpoint, render_card, save_checkpoint
+from gaml_hf.hub.checking import PICKLES
+from gaml_hf.models.handler import EndpointHandler
 
 
 TEXTS = [
@@ -238,7 +239,7 @@ def test_the_order_in_which_an_old_folder_is_replaced(model, tokenizer, folder, 
                 states[-1] = AutoModel.from_pretrained(folder).config.patience
         replace(source, target)
 
-    monkeypatch.setattr(hub.os, "replace", watched)
+    monkeypatch.setattr(hub.saving.os, "replace", watched)
     with torch.no_grad():
         model.exit_classifiers["1"].weight += 1
     save_checkpoint(model, tokenizer, folder)
@@ -785,7 +786,7 @@ def check_every_commit(hub_server, repo_id, cache):
         check_checkpoint(snapshot_download(repo_id, revision=sha, cache_dir=cache))
         files = hub_server.files(repo_id, sha)
         assert {"handler.py", "README.md", *CODE} <= files.keys()
-        assert not any(name.endswith(hub.PICKLES) or "checkpoint-" in name for name in files)
+        assert not any(name.endswith(PICKLES) or "checkpoint-" in name for name in files)
     return commits
 
 
@@ -902,7 +903,7 @@ def test_the_round_trip(folder, model, tokenizer, tmp_path, hub_server):
         assert {file.name for file in Path(path).glob("*.py")} == CODE | {"handler.py"}
     for repo in pushed.values():
         assert CODE | {"handler.py", "model.safetensors", "tokenizer.json"} <= hub_server.files(repo).keys()
-        assert not any(name.endswith(hub.PICKLES) for name in hub_server.files(repo))
+        assert not any(name.endswith(PICKLES) for name in hub_server.files(repo))
     del hub_server.repos["model", "me/mine"]  # nothing may hang on it
     told |= stranger(
         [{"key": name, "name": name, "texts": TEXTS} for name in (*again.values(), *pushed.values())],

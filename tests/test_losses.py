@@ -8,7 +8,7 @@ from torch import tensor
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from gaml_hf.losses_gaml import (
+from gaml_hf.models.losses_gaml import (
     cross_entropy_loss,
     distillation_loss,
     distillation_pairs,

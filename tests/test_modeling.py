@@ -31,8 +31,8 @@ from transformers import (
 from transformers.utils import find_labels, logging
 
 from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification
-from gaml_hf.configuration_gaml_bert import PAPER_LETTER
-from gaml_hf.exiting_gaml import Budgeted, Entropy, FullDepth, MaxProb, Patience
+from gaml_hf.models.configuration_gaml_bert import PAPER_LETTER
+from gaml_hf.models.exiting_gaml import Budgeted, Entropy, FullDepth, MaxProb, Patience
 from reference import ce_loss_reference, kd_loss_reference
 
 

@@ -14,11 +14,12 @@ import torch
 from pytest import fixture, mark, raises, skip
 from torch.testing import assert_close
 
-from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification, GamlTextClassificationPipeline, ort
-from gaml_hf.checkpoints import SEAL
-from gaml_hf.configuration_gaml_bert import PAPER_LETTER
-from gaml_hf.exiting_gaml import Budgeted, Entropy, FullDepth, MaxProb, Patience
-from gaml_hf.ort import GamlOrtModelForSequenceClassification, export_onnx
+from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification, GamlTextClassificationPipeline
+from gaml_hf.hub.folders import SEAL
+from gaml_hf.models.configuration_gaml_bert import PAPER_LETTER
+from gaml_hf.models.exiting_gaml import Budgeted, Entropy, FullDepth, MaxProb, Patience
+from gaml_hf.runtime import ort
+from gaml_hf.runtime.ort import GamlOrtModelForSequenceClassification, export_onnx
 
 
 POLICIES = [FullDepth(), Budgeted(1), Budgeted(2), Patience(1), Entropy(0.6), MaxProb(0.8)]
@@ -190,7 +191,7 @@ def test_int8_products_are_those_of_whole_numbers(model, tmp_path, monkeypatch, 
 
 LOADS_AND_ANSWERS = """
 import sys, torch
-from gaml_hf.ort import GamlOrtModelForSequenceClassification
+from gaml_hf.runtime.ort import GamlOrtModelForSequenceClassification
 runtime = GamlOrtModelForSequenceClassification.from_pretrained(sys.argv[1])
 print(runtime.weight_type)
 torch.save(runtime(**torch.load(sys.argv[2]), output_exit_logits=True).exit_logits, sys.argv[2])
@@ -370,7 +371,7 @@ def test_errors_name_what_is_wrong(model, bert_kwargs, tmp_path):
         export_onnx(model, export)
     with raises(ValueError, match="`hidden_act` of the model must be one of .* Got `hidden_act='silu'`"):
         export_onnx(make_model(bert_kwargs, hidden_act="silu"), tmp_path / "x")
-    with raises(ValueError, match="must be a folder written by `gaml_hf.ort.export_onnx`"):
+    with raises(ValueError, match="must be a folder written by `gaml_hf.runtime.ort.export_onnx`"):
         cls.from_pretrained(tmp_path)
     with raises(ValueError, match="`exit_layers` is not among what an export can change"):
         cls.from_pretrained(export, exit_layers=[4])

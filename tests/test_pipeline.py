@@ -23,9 +23,10 @@ from transformers.pipelines.pt_utils import KeyDataset, KeyPairDataset
 from transformers.testing_utils import CaptureLogger
 from transformers.utils import logging
 
-from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification, GamlTextClassificationPipeline, pipeline_gaml
-from gaml_hf.configuration_gaml_bert import PAPER_LETTER
-from gaml_hf.exiting_gaml import Budgeted, Entropy, FullDepth, MaxProb, Patience
+from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification, GamlTextClassificationPipeline
+from gaml_hf.models import pipeline_gaml
+from gaml_hf.models.configuration_gaml_bert import PAPER_LETTER
+from gaml_hf.models.exiting_gaml import Budgeted, Entropy, FullDepth, MaxProb, Patience
 
 
 WORDS = """

@@ -11,8 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from pytest import mark, raises
 
-from gaml_hf import plots
-from gaml_hf.evaluation import OperatingPoint
+from gaml_hf.evaluation import OperatingPoint, plots
 
 
 DEPTH = {"GAML-BERT": {1: 0.5, 2: 0.7, 3: 0.9, 4: 0.8}, "ML-BERT": {4: 0.6, 2: 0.4}}

@@ -18,12 +18,12 @@ from pytest import approx, fixture, raises
 from torch.testing import assert_close
 
 from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification, align_, policy_from_config
-from gaml_hf.alignment import RELATIVE_FLOOR
-from gaml_hf.engine_gaml import Layout
 from gaml_hf.evaluation import OperatingPoint, calibrate, choose, layer_speed_up, replay, sweep
-from gaml_hf.exiting_gaml import Budgeted, Entropy, FullDepth, MaxProb, Patience, normalized_entropy
-from gaml_hf.losses_gaml import cross_entropy_loss, distillation_loss, exit_weights, total_loss
-from gaml_hf.pipeline_gaml import checked_texts
+from gaml_hf.models.engine_gaml import Layout
+from gaml_hf.models.exiting_gaml import Budgeted, Entropy, FullDepth, MaxProb, Patience, normalized_entropy
+from gaml_hf.models.losses_gaml import cross_entropy_loss, distillation_loss, exit_weights, total_loss
+from gaml_hf.models.pipeline_gaml import checked_texts
+from gaml_hf.training.alignment import RELATIVE_FLOOR
 from reference import alignment_reference, ce_loss_reference, kd_loss_reference
 
 

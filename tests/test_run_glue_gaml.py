@@ -20,11 +20,11 @@ from transformers import AutoTokenizer, BertConfig, BertModel, pipeline
 import gaml_score
 import run_glue_gaml
 from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification
-from gaml_hf.glue import GLUE_TASKS
-from gaml_hf.handler import EndpointHandler
+from gaml_hf.evaluation.glue import GLUE_TASKS
 from gaml_hf.hub import check_checkpoint, save_checkpoint
-from gaml_hf.ort import export_onnx
-from gaml_hf.scoring import ClassifierLoader, score_file
+from gaml_hf.models.handler import EndpointHandler
+from gaml_hf.runtime.ort import export_onnx
+from gaml_hf.runtime.scoring import ClassifierLoader, score_file
 
 
 GOOD, BAD = ["good", "great", "fine", "best", "funny"], ["bad", "awful", "dull", "sad", "worst"]

@@ -17,10 +17,11 @@ import torch
 from datasets import Dataset, IterableDataset
 from pytest import approx, fixture, mark, raises
 
-from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification, scoring
-from gaml_hf.configuration_gaml_bert import PAPER_LETTER
-from gaml_hf.ort import export_onnx
-from gaml_hf.scoring import ClassifierLoader, score_file, score_rows
+from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification
+from gaml_hf.models.configuration_gaml_bert import PAPER_LETTER
+from gaml_hf.runtime import scoring
+from gaml_hf.runtime.ort import export_onnx
+from gaml_hf.runtime.scoring import ClassifierLoader, score_file, score_rows
 from gaml_score import main, make_parser
 
 
@@ -422,7 +423,7 @@ print(sorted({{"torch", "transformers", "datasets", "gaml_hf"}} & sys.modules.ke
         (["--num_proc", "0"], "`--num_proc` must be a whole number of at least 1"),
         (["--patience", "0"], "`--patience` must be a whole number of at least 1"),
         (["--max_length", "65"], "`--max_length` must be a whole number between 5 and 64"),
-        (["--onnx"], "`--model` must be a folder written by `gaml_hf.ort.export_onnx`"),
+        (["--onnx"], "`--model` must be a folder written by `gaml_hf.runtime.ort.export_onnx`"),
         (["--onnx", "--prepack"], "`--prepack` is for a checkpoint"),
         (["--prepack", "--device", "cuda"], "`--device` must be cpu with `--prepack`. Got `--device cuda`."),
         (["--exit_threshold", "0.5"], "name the strategy you want"),

@@ -12,10 +12,11 @@ from torch.utils.data import Dataset
 from transformers import AutoTokenizer, TrainingArguments
 
 import run_glue_gaml
-from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification, GamlTrainer, hub
-from gaml_hf.checkpoints import SEAL
+from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification, GamlTrainer
 from gaml_hf.hub import check_checkpoint, push_checkpoint, save_checkpoint
-from gaml_hf.scoring import ClassifierLoader
+from gaml_hf.hub.checking import PICKLES
+from gaml_hf.hub.folders import SEAL
+from gaml_hf.runtime.scoring import ClassifierLoader
 
 
 class Evil:
@@ -137,10 +138,14 @@ def test_no_pickle_in_a_folder_to_share_nor_of_the_training_arguments(model, fol
     trainer.train()
     trainer.save_model()
     names = {path.name for path in [*folder.rglob("*"), *(tmp_path / "out").iterdir()]}
-    assert not [name for name in names if name.endswith(hub.PICKLES)]
+    assert not [name for name in names if name.endswith(PICKLES)]
     # In training checkpoints, which stay here, PyTorch's own: optimizer, schedule and random numbers.
     names = {path.name for path in (tmp_path / "out" / "checkpoint-1").iterdir()}
-    assert {name for name in names if name.endswith(hub.PICKLES)} == {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
+    assert {name for name in names if name.endswith(PICKLES)} == {
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+    }
 
 
 @mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "pytorch_model.bin"])

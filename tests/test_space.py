@@ -15,18 +15,19 @@ import pytest
 from pytest import approx, fixture, mark, raises
 
 from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification
-from gaml_hf.hub import SPACE_GRADIO, push_checkpoint, push_space, save_checkpoint
+from gaml_hf.hub import push_checkpoint, push_space, save_checkpoint
+from gaml_hf.hub.push import SPACE_GRADIO
 
 
 ROOT = Path(__file__).parents[1]
-SPACE = ROOT / "src" / "gaml_hf" / "space"
+SPACE = ROOT / "src" / "gaml_hf" / "hub" / "space"
 TEXT = "the plot is dull , the actor awful and the story never so very sad"
 
 
 @fixture
 def app():
     pytest.importorskip("gradio")
-    import gaml_hf.space.app as app
+    import gaml_hf.hub.space.app as app
 
     return app
 

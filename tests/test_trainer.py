@@ -14,10 +14,11 @@ from torch.testing import assert_close
 from torch.utils.data import Dataset
 from transformers import BertConfig, BertModel, Trainer, TrainerCallback, TrainingArguments
 
-from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification, GamlTrainer, modeling_gaml_bert
-from gaml_hf.alignment import RELATIVE_FLOOR
-from gaml_hf.configuration_gaml_bert import PAPER_LETTER
+from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification, GamlTrainer
 from gaml_hf.evaluation import ExitMetrics
+from gaml_hf.models import modeling_gaml_bert
+from gaml_hf.models.configuration_gaml_bert import PAPER_LETTER
+from gaml_hf.training.alignment import RELATIVE_FLOOR
 from reference import alignment_reference, ce_loss_reference, kd_loss_reference
 
 

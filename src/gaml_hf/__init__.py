@@ -4,12 +4,12 @@ from importlib.metadata import version
 
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
-from .alignment import align_, alignment_coefficient, cos_angle
-from .configuration_gaml_bert import GamlBertConfig
-from .exiting_gaml import ExitPolicy, policy_from_config
-from .modeling_gaml_bert import GamlBertForSequenceClassification, GamlSequenceClassifierOutput
-from .pipeline_gaml import GamlTextClassificationPipeline
-from .trainer import GamlTrainer
+from .models.configuration_gaml_bert import GamlBertConfig
+from .models.exiting_gaml import ExitPolicy, policy_from_config
+from .models.modeling_gaml_bert import GamlBertForSequenceClassification, GamlSequenceClassifierOutput
+from .models.pipeline_gaml import GamlTextClassificationPipeline
+from .training.alignment import align_, alignment_coefficient, cos_angle
+from .training.trainer import GamlTrainer
 
 
 __version__ = version("gaml_hf")

@@ -282,7 +282,7 @@ class GlueMetric(evaluate.Metric):
     Example:
 
     ```python
-    >>> from gaml_hf.glue import GlueMetric, selection_score
+    >>> from gaml_hf.evaluation.glue import GlueMetric, selection_score
 
     >>> scores = GlueMetric("mrpc").compute(predictions=[1, 1, 0, 1], references=[1, 0, 0, 1])
     >>> scores

@@ -26,8 +26,9 @@ from transformers.trainer_utils import EvalLoopOutput, HubStrategy, SaveStrategy
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
-from .alignment import align_, parameter_groups
-from .checkpoints import (
+from gaml_hf.data.checks import CheckedCollator, check_dataset
+from gaml_hf.hub import TOLD_ARGUMENTS, TOLD_FIELDS, push_checkpoint, save_checkpoint
+from gaml_hf.hub.folders import (
     check_named_checkpoint,
     explain_full_disk,
     newest_complete_checkpoint,
@@ -36,8 +37,10 @@ from .checkpoints import (
     staging_folder,
     write_seal,
 )
-from .checksums_gaml import verify_weights
-from .data_checks import CheckedCollator, check_dataset
+from gaml_hf.models.checksums_gaml import verify_weights
+from gaml_hf.models.losses_gaml import distillation_pairs, exit_weights, total_loss
+
+from .alignment import align_, parameter_groups
 from .exit_start import (
     LEAST_VARIATION,
     NUM_ROWS,
@@ -45,8 +48,6 @@ from .exit_start import (
     input_variation,
     warm_start,
 )
-from .hub import TOLD_ARGUMENTS, TOLD_FIELDS, push_checkpoint, save_checkpoint
-from .losses_gaml import distillation_pairs, exit_weights, total_loss
 
 
 logger = logging.get_logger(__name__)
@@ -82,7 +83,7 @@ class GamlTrainer(Trainer):
     `predict` are then a tuple, (logits, exit_layer, exit_logits). They come in the order of the rows, whatever
     `train_sampling_strategy` says.
 
-    Datasets are checked before the first step, see [`~gaml_hf.data_checks.check_dataset`].
+    Datasets are checked before the first step, see [`~gaml_hf.data.checks.check_dataset`].
 
     Logged beside the loss (which is L of Eq. 2 in every mode), as means over the steps since the last entry, without
     those that a gradient scaler had to skip: `alignment/cos_angle` (Eq. 4, over all parameters),

@@ -1,5 +1,5 @@
 """
-Texts and classes out of files and datasets, read alike by `run_glue_gaml.py` and `gaml_hf.scoring`.
+Texts and classes out of files and datasets, read alike by `run_glue_gaml.py` and `gaml_hf.runtime.scoring`.
 
 They are what stands there: `NA`, `007`, `true` and `1e5` are texts, and `1` and `01` are two classes. What is wrong
 with them is told before the first step, by split, row (from 0) and column.
@@ -21,8 +21,9 @@ from typing import Any
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, Features, NamedSplit, Value
 
-from .data_checks import column_values, python_values
-from .exiting_gaml import shown
+from gaml_hf.models.exiting_gaml import shown
+
+from .checks import column_values, python_values
 
 
 logger = logging.getLogger(__name__)

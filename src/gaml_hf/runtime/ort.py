@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from .checkpoints import SEAL, save_tokenizer, staging_folder, why_unsealed, write_seal
-from .configuration_gaml_bert import GamlBertConfig
-from .exiting_gaml import Budgeted, ExitPolicy, policy_from_config
-from .modeling_gaml_bert import GamlBertForSequenceClassification, GamlSequenceClassifierOutput
+from gaml_hf.hub.folders import SEAL, save_tokenizer, staging_folder, why_unsealed, write_seal
+from gaml_hf.models.configuration_gaml_bert import GamlBertConfig
+from gaml_hf.models.exiting_gaml import Budgeted, ExitPolicy, policy_from_config
+from gaml_hf.models.modeling_gaml_bert import GamlBertForSequenceClassification, GamlSequenceClassifierOutput
 
 
 logger = logging.get_logger(__name__)
@@ -383,11 +383,11 @@ class GamlOrtModelForSequenceClassification:
         if wrong := sorted(config_changes.keys() - CONFIG_CHANGES):
             raise ValueError(
                 f"`{wrong[0]}` is not among what an export can change when it is loaded: {', '.join(CONFIG_CHANGES)}. "
-                "Export again with `gaml_hf.ort.export_onnx`."
+                "Export again with `gaml_hf.runtime.ort.export_onnx`."
             )
         if not is_export(folder):
             raise ValueError(
-                "`pretrained_model_name_or_path` must be a folder written by `gaml_hf.ort.export_onnx`. "
+                "`pretrained_model_name_or_path` must be a folder written by `gaml_hf.runtime.ort.export_onnx`. "
                 f"Got `{folder}`, without `config.json` or `embeddings.onnx`."
             )
         num_threads = torch.get_num_threads() if num_threads is None else num_threads
@@ -399,7 +399,7 @@ class GamlOrtModelForSequenceClassification:
         if (folder / SEAL).is_file() and (reason := why_unsealed(folder)) is not None:
             raise ValueError(
                 f"The export in `{folder}` is not what was written: {reason}. Take another copy, or export again with "
-                "`gaml_hf.ort.export_onnx`."
+                "`gaml_hf.runtime.ort.export_onnx`."
             )
         return cls(folder, config, num_threads)
 

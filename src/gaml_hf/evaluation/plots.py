@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 if TYPE_CHECKING:
-    from .evaluation import OperatingPoint
+    from gaml_hf.evaluation import OperatingPoint
 
 # Told apart by colour-blind readers (Okabe and Ito, 2008), and by their markers in a print without colour.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

@@ -18,7 +18,7 @@ from uuid import uuid4
 from tokenizers import Tokenizer
 from transformers.utils import logging
 
-from .checksums_gaml import verify_checksum, weight_files
+from gaml_hf.models.checksums_gaml import verify_checksum, weight_files
 
 
 logger = logging.get_logger(__name__)

@@ -31,12 +31,13 @@ from torch.utils.data import Subset
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
-from .checkpoints import staging_folder
-from .data_files import RowFile
-from .exiting_gaml import shown
-from .modeling_gaml_bert import GamlBertForSequenceClassification
+from gaml_hf.data.files import RowFile
+from gaml_hf.hub.folders import staging_folder
+from gaml_hf.models.exiting_gaml import shown
+from gaml_hf.models.modeling_gaml_bert import GamlBertForSequenceClassification
+from gaml_hf.models.pipeline_gaml import GamlTextClassificationPipeline
+
 from .ort import GamlOrtModelForSequenceClassification
-from .pipeline_gaml import GamlTextClassificationPipeline
 
 
 WINDOW = 4096  # rows
@@ -158,7 +159,7 @@ def score_file(
 
     Args:
         source (`str`, `os.PathLike`, `datasets.Dataset` or `datasets.IterableDataset`):
-            A dataset, or a file as in [`~gaml_hf.data_files.RowFile`], which is streamed and may be larger than the
+            A dataset, or a file as in [`~gaml_hf.data.files.RowFile`], which is streamed and may be larger than the
             memory.
         target (`str` or `os.PathLike`): a csv, jsonl or parquet file; one that is there is replaced.
         load_classifier (`Callable`): makes the pipeline; each process calls it once. It must be picklable where

@@ -1,0 +1,25 @@
+"""What one pass over the data tells: the score of every exit, and the score and speed-up of every exit policy."""
+
+from .choice import OperatingPoint, calibrate, choose, replay, sweep
+from .metrics import ExitMetrics, warn_of_one_class
+from .scores import Score, exit_mean, one_class_exits, overthinking, score_exits
+from .speed import flops_speed_up, latency_speed_up, layer_speed_up
+
+
+__all__ = [
+    "ExitMetrics",
+    "OperatingPoint",
+    "Score",
+    "calibrate",
+    "choose",
+    "exit_mean",
+    "flops_speed_up",
+    "latency_speed_up",
+    "layer_speed_up",
+    "one_class_exits",
+    "overthinking",
+    "replay",
+    "score_exits",
+    "sweep",
+    "warn_of_one_class",
+]

@@ -1,0 +1,197 @@
+"""
+The speed-up, which has three names for three quantities; none stands in for another:
+- in layers (`layer_speed_up`; the paper's and PABEE's): `num_hidden_layers / mean layers run`. Counts layers only.
+- in FLOPs (`flops_speed_up`): matrix multiplications of plain BERT over those of the layers and exits that ran.
+- in latency (`latency_speed_up`): seconds of plain BERT over seconds with exiting; of one machine and batch size.
+"""
+
+import copy
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+
+from gaml_hf.models.exiting_gaml import ExitPolicy, FullDepth, policy_from_config
+
+from .checks import check_exit_layer
+
+
+def layer_speed_up(exit_layer: np.ndarray | Tensor | Sequence[int], num_hidden_layers: int) -> float:
+    """
+    Speed-up in layers, the one the paper and PABEE report: `num_hidden_layers / mean layers run`.
+
+    It says nothing of exits, decisions, padding or kernels: that is for `flops_speed_up` and `latency_speed_up`.
+
+    Args:
+        exit_layer (`np.ndarray`, `torch.Tensor` or `list[int]`, of shape `(num_rows,)`):
+            The layer at which each row left, in `[1, num_hidden_layers]`.
+        num_hidden_layers (`int`): layers of the full model.
+
+    Returns:
+        `float`, in `[1, num_hidden_layers]`.
+    """
+    return float(num_hidden_layers / check_exit_layer(exit_layer, range(1, num_hidden_layers + 1)).mean())
+
+
+def flops_speed_up(
+    model: PreTrainedModel, exit_layer: np.ndarray | Tensor | Sequence[int], lengths: np.ndarray | Sequence[int]
+) -> float:
+    """
+    Speed-up in FLOPs: plain BERT's (all layers, the last exit alone) over those of the layers and exits that ran.
+
+    Counted, not estimated: PyTorch counts the matrix multiplications of a layer and an exit at each length (a
+    multiply-add is 2 FLOPs), in eager attention, for the fused kernels are undercounted. Each row counts with its own
+    length: padding is not in it, and neither is anything that multiplies no matrices (softmax, LayerNorm, decisions).
+    A row's last layer counts whole, though the engine runs it for [CLS] alone where it can.
+
+    Args:
+        model ([`GamlBertForSequenceClassification`]): any copy of it. It is not run; only its shapes are read.
+        exit_layer (`np.ndarray`, `torch.Tensor` or `list[int]`, of shape `(num_rows,)`):
+            The layer at which each row left, one of `config.exit_layers`.
+        lengths (`np.ndarray` or `list[int]` of shape `(num_rows,)`): tokens of each row, [CLS] and [SEP] included.
+
+    Returns:
+        `float`: total over total, as `layer_speed_up`.
+    """
+    config = model.config
+    exit_layer = check_exit_layer(exit_layer, config.exit_layers)
+    lengths = np.asarray(lengths)
+    if lengths.shape != exit_layer.shape:
+        raise ValueError(
+            f"`lengths` must hold one number of tokens for each of the {len(exit_layer)} rows of `exit_layer`. "
+            f"Got shape {lengths.shape}."
+        )
+    if lengths.min() < 1 or lengths.max() > config.max_position_embeddings:
+        raise ValueError(
+            f"`lengths` must lie between 1 and {config.max_position_embeddings} (`max_position_embeddings`). "
+            f"Got {lengths.min()} to {lengths.max()}."
+        )
+    distinct, row_length = np.unique(lengths, return_inverse=True)
+    costs = np.array(_layer_and_exit_flops(model, distinct.tolist()), dtype=np.float64)  # (num_lengths, 2)
+    layer, exit_ = costs[row_length].T
+    exits_run = np.searchsorted(config.exit_layers, exit_layer, side="right")
+    return float((config.num_hidden_layers * layer + exit_).sum() / (exit_layer * layer + exits_run * exit_).sum())
+
+
+def latency_speed_up(
+    model: PreTrainedModel,
+    rows: Sequence[Mapping[str, Any]],
+    exit_policy: ExitPolicy | None = None,
+    *,
+    batch_size: int = 1,
+    repeats: int = 7,
+) -> dict[str, float]:
+    """
+    Speed-up in latency: seconds of plain BERT (all layers, the last exit alone) over seconds with exiting.
+
+    Both run the same batches on the same weights, in turn, after a warm-up round; a round gives one ratio. It holds
+    for this machine, its load, this dtype, these lengths and this batch size only.
+
+    Args:
+        model ([`GamlBertForSequenceClassification`]): on the device and in the dtype to measure. Left as it was.
+        rows (`list[dict]`): tokenized texts without padding, with `input_ids` and, if the task has them,
+            `token_type_ids`; other columns are ignored. Batched in this order, padded on the right.
+        exit_policy ([`ExitPolicy`], *optional*): defaults to the config's.
+        batch_size (`int`, *optional*, defaults to 1): rows that run together; 1 is the paper's setting.
+        repeats (`int`, *optional*, defaults to 7): rounds, from 1.
+
+    Returns:
+        `dict[str, float]`: `speed_up` (median of the rounds), `speed_up_min`, `speed_up_max`, `full_depth_seconds` and
+        `exiting_seconds` (median, for all rows), `batch_size`, `num_rows`, `repeats`.
+    """
+    for name, value in (("batch_size", batch_size), ("repeats", repeats), ("the number of `rows`", len(rows))):
+        if value < 1:
+            raise ValueError(f"{name if ' ' in name else f'`{name}`'} must be at least 1. Got {value}.")
+    batches = [
+        _pad(rows[start : start + batch_size], model.config.pad_token_id, model.device)
+        for start in range(0, len(rows), batch_size)
+    ]
+    runs = {
+        # All exits, of which there is one: the stock layers, padded, without our engine's savings.
+        "full_depth": (_without_early_exits(model), {"exit_policy": FullDepth(), "output_exit_logits": True}),
+        "exiting": (model, {"exit_policy": exit_policy or policy_from_config(model.config)}),
+    }
+    seconds = {name: [] for name in runs}
+    was_training = [module for module in model.modules() if module.training]
+    model.eval()
+    runs["full_depth"][0].eval()
+    try:
+        with torch.inference_mode():
+            for name in runs:
+                _seconds(*runs[name], batches)
+            for round_ in range(repeats):
+                # The order alternates: whichever comes second finds warmer caches and a warmer processor.
+                for name in sorted(runs, reverse=round_ % 2 == 1):
+                    seconds[name].append(_seconds(*runs[name], batches))
+    finally:
+        for module in was_training:
+            module.training = True
+    ratios = np.array(seconds["full_depth"]) / np.array(seconds["exiting"])
+    return {
+        "speed_up": float(np.median(ratios)),
+        "speed_up_min": float(ratios.min()),
+        "speed_up_max": float(ratios.max()),
+        "full_depth_seconds": float(np.median(seconds["full_depth"])),
+        "exiting_seconds": float(np.median(seconds["exiting"])),
+        "batch_size": batch_size,
+        "num_rows": len(rows),
+        "repeats": repeats,
+    }
+
+
+def _layer_and_exit_flops(model: PreTrainedModel, lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """FLOPs of one layer and of one exit for one row, at each length; layers are of one shape, and so are exits."""
+    config = copy.deepcopy(model.config)
+    config._attn_implementation = "eager"
+    with torch.device("meta"):  # shapes without numbers: nothing is computed
+        shapes = type(model)(config).eval()
+        costs = []
+        for length in lengths:
+            hidden_states = torch.empty(1, length, config.hidden_size)
+            with FlopCounterMode(display=False) as layer, torch.no_grad():
+                hidden_states = shapes._run_layer(1, hidden_states, None)
+            with FlopCounterMode(display=False) as exit_, torch.no_grad():
+                shapes._run_exit(config.exit_layers[0], hidden_states[:, 0])
+            costs.append((layer.get_total_flops(), exit_.get_total_flops()))
+    return costs
+
+
+def _without_early_exits(model: PreTrainedModel) -> PreTrainedModel:
+    """The same weights, as plain BERT: the last exit alone, so that full depth pays for no exit and no decision."""
+    config = copy.deepcopy(model.config)
+    if config.exit_temperatures is not None:
+        config.exit_temperatures = config.exit_temperatures[-1:]
+    config.exit_layers = config.exit_layers[-1:]
+    plain = copy.copy(model)  # shares every module
+    plain.config = config
+    return plain
+
+
+def _seconds(model: PreTrainedModel, options: Mapping[str, Any], batches: list[dict[str, Tensor]]) -> float:
+    """Wall-clock time of all batches. A GPU is waited for: its kernels are still queued when `forward` returns."""
+    wait = torch.accelerator.synchronize if model.device.type != "cpu" else lambda: None
+    wait()
+    start = time.perf_counter()
+    for batch in batches:
+        model(**batch, **options)
+    wait()
+    return time.perf_counter() - start
+
+
+def _pad(rows: Sequence[Mapping[str, Any]], pad_token_id: int | None, device: torch.device) -> dict[str, Tensor]:
+    """One batch, padded on the right, on `device`."""
+    input_ids = [torch.as_tensor(row["input_ids"]) for row in rows]
+    batch = {
+        "input_ids": pad_sequence(input_ids, batch_first=True, padding_value=pad_token_id or 0),
+        "attention_mask": pad_sequence([torch.ones_like(ids) for ids in input_ids], batch_first=True),
+    }
+    if "token_type_ids" in rows[0]:
+        token_type_ids = [torch.as_tensor(row["token_type_ids"]) for row in rows]
+        batch["token_type_ids"] = pad_sequence(token_type_ids, batch_first=True)
+    return {name: tensor.to(device) for name, tensor in batch.items()}

@@ -1,0 +1,1 @@
+"""Running a trained model: ONNX on a CPU, and whole files of texts."""
