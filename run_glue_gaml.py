@@ -23,7 +23,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import datasets
@@ -44,7 +44,7 @@ from transformers import (
     set_seed,
 )
 
-from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification, GamlTrainer, __version__
+from gaml_hf import PAPER_LETTER, GamlAutoConfig, GamlAutoModelForSequenceClassification, GamlTrainer, __version__
 from gaml_hf.data.files import RowFile, class_names, encode_labels, find_text_columns, known_classes, read_split
 from gaml_hf.evaluation import (
     ExitMetrics,
@@ -66,9 +66,10 @@ from gaml_hf.evaluation import (
 from gaml_hf.evaluation.glue import GLUE_TASKS, GlueMetric, GlueTask, get_task, selection_scorer
 from gaml_hf.hub import TOLD_ARGUMENTS, TOLD_FIELDS, push_checkpoint, save_checkpoint
 from gaml_hf.hub.folders import training_checkpoints
-from gaml_hf.models.configuration_gaml_bert import PAPER_LETTER
+from gaml_hf.models.configuration_gaml import GamlConfigMixin
 from gaml_hf.models.engine_gaml import bfloat16_cost
 from gaml_hf.models.exiting_gaml import EXIT_POLICIES
+from gaml_hf.models.exits_gaml import ExitsMixin
 from gaml_hf.models.pipeline_gaml import MIN_LENGTH
 
 
@@ -80,7 +81,7 @@ class ModelArguments:
     """Where the model comes from."""
 
     model_name_or_path: str = field(
-        metadata={"help": "A BERT or GAML-BERT checkpoint: a local folder or a name on the Hub."}
+        metadata={"help": "An encoder's checkpoint, plain or with exits: a local folder or a name on the Hub."}
     )
     tokenizer_name: str | None = field(default=None, metadata={"help": "Tokenizer, if not that of the model."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
@@ -121,14 +122,14 @@ class DataTrainingArguments:
         default=None,
         metadata={
             "help": "Longer texts are cut to this many tokens, here and wherever the saved model is used. Defaults to "
-            "what a GAML-BERT was trained with, and to 128 for a BERT."
+            "what a model with exits was trained with, and to 128 for a plain one."
         },
     )
     split_special_tokens: bool | None = field(
         default=None,
         metadata={
             "help": 'Read "[SEP]" or "[MASK]" in a text as the characters they are, here and wherever the saved model '
-            "is used. Defaults to what the tokenizer says; for a BERT whose tokenizer says nothing, to True, unless "
+            "is used. Defaults to what the tokenizer says; for a plain model's that says nothing, to True, unless "
             "special tokens were added to it."
         },
     )
@@ -277,14 +278,15 @@ class GamlArguments:
         return parameter is not None and getattr(self, parameter) is None
 
     def config_fields(self) -> dict:
-        """What goes into [`GamlBertConfig`]; a policy whose parameter is open waits for it."""
-        fields = {key: value for key, value in asdict(self).items() if key in GamlBertConfig.__annotations__}
+        """What goes into the config; a policy whose parameter is open waits for it."""
+        own = {field.name for field in fields(GamlConfigMixin)}
+        chosen = {key: value for key, value in asdict(self).items() if key in own}
         if self.policy_is_open:
-            fields["exit_strategy"] = None
+            chosen["exit_strategy"] = None
         if self.balances_classes:
-            fields["class_weights"] = None
+            chosen["class_weights"] = None
         letter = PAPER_LETTER if self.paper_letter else {}
-        return letter | {key: value for key, value in fields.items() if value is not None}
+        return letter | {key: value for key, value in chosen.items() if value is not None}
 
 
 @dataclass
@@ -340,7 +342,7 @@ def open_splits(data_args: DataTrainingArguments, model_args: ModelArguments) ->
     return load_dataset(name, config_name, cache_dir=model_args.cache_dir, token=model_args.token)
 
 
-def find_classes(config: GamlBertConfig, task: GlueTask | None) -> dict[str, int]:
+def find_classes(config: GamlConfigMixin, task: GlueTask | None) -> dict[str, int]:
     """The model's class index of each name that a class may have in the data: of a task also those of GLUE."""
     classes = dict(config.label2id)
     if task is not None:
@@ -350,11 +352,11 @@ def find_classes(config: GamlBertConfig, task: GlueTask | None) -> dict[str, int
     return classes
 
 
-def load_config(model_args: ModelArguments, gaml_args: GamlArguments, **fields) -> GamlBertConfig:
+def load_config(model_args: ModelArguments, gaml_args: GamlArguments, **changes) -> GamlConfigMixin:
     """The config of the model to be, and what is wrong with it in one sentence."""
     try:
-        return GamlBertConfig.from_pretrained(
-            model_args.model_name_or_path, **model_args.source(), **(gaml_args.config_fields() | fields)
+        return GamlAutoConfig.from_pretrained(
+            model_args.model_name_or_path, **model_args.source(), **(gaml_args.config_fields() | changes)
         )
     except StrictDataclassError as error:
         raise ValueError(str(error.__cause__ or error)) from error
@@ -373,11 +375,11 @@ def balanced_class_weights(labels: list[int], label_names: list[str]) -> list[fl
 
 def load_model(
     model_args: ModelArguments, gaml_args: GamlArguments, label_names: list[str] | None, task: GlueTask | None
-) -> tuple[GamlBertForSequenceClassification, PreTrainedTokenizerBase]:
+) -> tuple[ExitsMixin, PreTrainedTokenizerBase]:
     """A model for these classes. One that was trained for them keeps its own names and their order."""
     name, source = model_args.model_name_or_path, model_args.source()
-    found, labels = GamlBertConfig.from_pretrained(name, **source), {}
-    if GamlBertForSequenceClassification.__name__ in (found.architectures or []):
+    found, labels = GamlAutoConfig.from_pretrained(name, **source), {}
+    if found.comes_with_exits:
         own = [found.id2label[k] for k in range(found.num_labels)]
         try:
             fits = sorted(map(task.class_index, own)) == [*range(task.num_labels)] if task else None
@@ -386,7 +388,7 @@ def load_model(
         if not (set(label_names or own) <= set(own) if fits is None else fits):  # a file need not hold every class
             raise ValueError(
                 f"The model `{name}` was trained for the classes {own}. The data has {label_names}. For other "
-                "classes, start from a BERT checkpoint."
+                "classes, start from a plain checkpoint."
             )
     elif label_names is None:
         raise ValueError(f"The model `{name}` has no classes yet: give rows with labels. Got rows to predict alone.")
@@ -395,15 +397,15 @@ def load_model(
         labels["label2id"] = {label: i for i, label in enumerate(label_names)}
     config = load_config(model_args, gaml_args, **labels)
     tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer_name or name, trust_remote_code=False, **source)
-    return GamlBertForSequenceClassification.from_pretrained(name, config=config, **source), tokenizer
+    return GamlAutoModelForSequenceClassification.from_pretrained(name, config=config, **source), tokenizer
 
 
 def settle_reading(
-    tokenizer: PreTrainedTokenizerBase, config: GamlBertConfig, data_args: DataTrainingArguments
+    tokenizer: PreTrainedTokenizerBase, config: GamlConfigMixin, data_args: DataTrainingArguments
 ) -> None:
     """How a text becomes tokens: set on the tokenizer, which is saved with it, so that all who use it read alike."""
-    limit, length = config.max_position_embeddings, data_args.max_seq_length
-    is_gaml = GamlBertForSequenceClassification.__name__ in (config.architectures or [])
+    limit, length = config.max_input_length, data_args.max_seq_length
+    is_gaml = config.comes_with_exits
     if length is None:
         length = min(tokenizer.model_max_length, limit) if is_gaml else min(128, tokenizer.model_max_length, limit)
     elif not MIN_LENGTH <= length <= limit:

@@ -40,10 +40,10 @@ from transformers import (
 )
 
 from benchmarks.baselines import BASELINES, Context
-from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification, GamlTrainer
+from gaml_hf import PAPER_LETTER, GamlAutoConfig, GamlAutoModelForSequenceClassification, GamlTrainer
 from gaml_hf.evaluation import ExitMetrics
 from gaml_hf.evaluation.glue import GlueMetric, get_task, selection_scorer
-from gaml_hf.models.configuration_gaml_bert import PAPER_LETTER
+from gaml_hf.models.configuration_gaml import GamlConfigMixin
 from gaml_hf.training.alignment import cos_angle
 
 
@@ -97,9 +97,9 @@ class Run:
         layers (`int`, *optional*): keep only the first layers of the backbone.
         exits (`tuple[int, ...]`, *optional*): exit layers; all by default.
         max_grad_norm (`float`): clipping; 0 clips nothing.
-        ga_granularity, kd_reduction (`str`): as in [`GamlBertConfig`].
+        ga_granularity, kd_reduction (`str`): as in [`GamlConfigMixin`].
         exit_pooling, exit_norm, exit_learning_rate_multiplier, exit_warm_start, stop_gradient_between_exits,
-        mixed_training: as in [`GamlBertConfig`], by default as the paper has them. A static baseline takes the first
+        mixed_training: as in [`GamlConfigMixin`], by default as the paper has them. A static baseline takes the first
             three for its one classifier.
         watch_angle (`bool`): measure γ of Eq. 4 at each step of a training without alignment (Fig. 3).
         fold, folds (`int`, *optional*): fold `fold` of `folds` is set aside, and validation is left alone.
@@ -123,7 +123,7 @@ class Run:
     exits: tuple[int, ...] | None = None
     max_grad_norm: float = 1.0
     ga_granularity: str = "global"  # the letter of the paper, not the default of the configuration
-    kd_reduction: str = GamlBertConfig.kd_reduction
+    kd_reduction: str = GamlConfigMixin.kd_reduction
     watch_angle: bool = False
     fold: int | None = None
     folds: int | None = None
@@ -288,7 +288,7 @@ def fit_exits(
         fields["distillation"] = [exits[::-1]]  # [teacher, student]
     elif fields["distillation"] == "shallow":
         fields["distillation"] = [exits]
-    config = GamlBertConfig.from_pretrained(
+    config = GamlAutoConfig.from_pretrained(
         settings.backbone,
         num_labels=get_task(run.task).num_labels,
         num_hidden_layers=layers,
@@ -299,7 +299,7 @@ def fit_exits(
         **run.exit_fields,
         **fields,
     )
-    model = GamlBertForSequenceClassification.from_pretrained(settings.backbone, config=config)
+    model = GamlAutoModelForSequenceClassification.from_pretrained(settings.backbone, config=config)
     kind = AngleWatcher if run.watch_angle else GamlTrainer
 
     def fit() -> Trainer:
@@ -369,7 +369,7 @@ def teacher(
         model.save_pretrained(unfinished)
         os.replace(unfinished, folder)
         set_seed(run.seed)
-    of_system = GamlBertForSequenceClassification if system in EXIT_SYSTEMS else BertForSequenceClassification
+    of_system = GamlAutoModelForSequenceClassification if system in EXIT_SYSTEMS else BertForSequenceClassification
     return of_system.from_pretrained(folder)
 
 

@@ -15,11 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
 from transformers import AutoModel, EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
-from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification, GamlTrainer, hub
+from gaml_hf import PAPER_LETTER, GamlBertConfig, GamlBertForSequenceClassification, GamlTrainer, hub
 from gaml_hf.hub import check_checkpoint, folders, save_checkpoint
 from gaml_hf.hub.folders import SEAL, why_incomplete, write_seal
 from gaml_hf.models.checksums_gaml import verify_checksum, write_checksum
-from gaml_hf.models.configuration_gaml_bert import PAPER_LETTER
 from gaml_hf.runtime.ort import GamlOrtModelForSequenceClassification, export_onnx
 from test_trainer import IS_OLD_TRANSFORMERS
 

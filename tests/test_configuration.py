@@ -8,6 +8,7 @@ from pytest import mark, raises
 from transformers import AutoConfig, BertConfig, RobertaConfig
 
 from gaml_hf import GamlBertConfig
+from gaml_hf.models.configuration_gaml import GamlConfigMixin
 from test_trainer import IS_OLD_TRANSFORMERS
 
 
@@ -46,7 +47,7 @@ def refused(**wrong):
 def test_the_docstring_tells_the_truth():
     """Each field has its entry, and the default in the entry is the default of the field."""
     entry = r"^ {8}(\w+) \(.*\*optional\*(?:, defaults to `?(.*?)`?)?\):$"
-    documented = dict(re.findall(entry, GamlBertConfig.__doc__, flags=re.MULTILINE))
+    documented = dict(re.findall(entry, GamlConfigMixin.__doc__, flags=re.MULTILINE))
     quoted = {name: f'"{DEFAULTS[name]}"' if isinstance(DEFAULTS[name], str) else str(DEFAULTS[name]) for name in OWN}
     assert documented == {name: "" if default == "None" else default for name, default in quoted.items()}
 
@@ -154,7 +155,7 @@ def test_json_round_trip(values, tmp_path):
         ({"id2label": {0: "yes", 1: None}}, "`id2label` must name the classes 0 to 1"),
         ({"id2label": ["yes", "no"]}, "`id2label` must be a dict from class numbers to names"),
         ({"id2label": {"yes": 0, "no": 1}}, "Got {'yes': 0, 'no': 1}"),
-        ({"is_decoder": True}, "GAML-BERT is an encoder"),
+        ({"is_decoder": True}, "Exits are for encoders"),
         # a name nobody knows, but nearly one of ours
         ({"patiense": 2}, "`patiense` is not a field of GamlBertConfig. Did you mean `patience`?"),
         ({"exit_treshold": 0.5}, "Did you mean `exit_threshold`?"),
@@ -198,7 +199,10 @@ def test_a_bert_checkpoint_becomes_ours(tmp_path):
 
 def test_another_encoder_is_refused(tmp_path):
     RobertaConfig().save_pretrained(tmp_path)
-    message = f"GAML-BERT starts from a BERT or GAML-BERT checkpoint. `{tmp_path}` holds a model of type `roberta`."
+    message = (
+        f"GamlBertConfig is for checkpoints of type bert or gaml_bert. `{tmp_path}` holds a model of type `roberta`; "
+        "`GamlAutoModelForSequenceClassification` finds the class for it"
+    )
     with raises(ValueError, match=re.escape(message)):
         GamlBertConfig.from_pretrained(tmp_path)
 
@@ -213,7 +217,7 @@ def test_the_hub_finds_the_code(tmp_path):
     second.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     assert saved["auto_map"] == {
-        "AutoConfig": "configuration_gaml_bert.GamlBertConfig",
+        "AutoConfig": "modeling_gaml_bert.GamlBertConfig",
         "AutoModel": "modeling_gaml_bert.GamlBertForSequenceClassification",
         "AutoModelForSequenceClassification": "modeling_gaml_bert.GamlBertForSequenceClassification",
     }

@@ -13,6 +13,7 @@ from transformers.models.bert.modeling_bert import BertLayer
 
 from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification, GamlTextClassificationPipeline
 from gaml_hf.models.engine_gaml import (
+    EncoderHooks,
     Layout,
     PrepackedLinear,
     bfloat16_cost,
@@ -66,8 +67,16 @@ def layer(bert_kwargs):
     return BertLayer(config).double().eval()
 
 
+@fixture
+def hooks(bert_kwargs):
+    """What a model tells the engine of its layers."""
+    hooks = EncoderHooks()
+    hooks.config = BertConfig(**bert_kwargs)
+    return hooks
+
+
 @mark.parametrize("name", MASKS)
-def test_a_layer_is_the_stock_layer_on_each_row_alone(name, layer):
+def test_a_layer_is_the_stock_layer_on_each_row_alone(name, layer, hooks):
     mask = torch.tensor(MASKS[name]).bool()
     hidden_states = torch.randn(*mask.shape, 32, dtype=torch.float64)
     layout = Layout(mask, torch.device("cpu"))
@@ -76,12 +85,12 @@ def test_a_layer_is_the_stock_layer_on_each_row_alone(name, layer):
     assert tokens[: len(mask)].equal(hidden_states[:, 0])
     alone = [layer(hidden_states[row : row + 1, mask[row]])[0] for row in range(len(mask))]  # no mask, no padding
     expected = torch.cat([torch.stack([row[0] for row in alone]), *[row[1:] for row in alone]])
-    assert_close(run_layer(layer, tokens, layout.rows), expected, rtol=1e-12, atol=1e-12)
+    assert_close(run_layer(hooks, layer, tokens, layout.rows), expected, rtol=1e-12, atol=1e-12)
 
-    cls, key, value = run_cls(layer, tokens, layout.rows)
+    cls, key, value = run_cls(hooks, layer, tokens, layout.rows)
     assert_close(cls, expected[: len(mask)], rtol=1e-12, atol=1e-12)
     if layout.length > 1:
-        rest = run_rest(layer, tokens[len(mask) :], key, value, layout.rows)
+        rest = run_rest(hooks, layer, tokens[len(mask) :], key, value, layout.rows)
         assert_close(rest, expected[len(mask) :], rtol=1e-12, atol=1e-12)
 
 
@@ -154,16 +163,14 @@ def test_half_precision_is_near_float32_row_by_row(dtype, tolerance, model):
 @fixture
 def prepacked(model, monkeypatch):
     """Whether or not that is faster here; for a model as small as this one it is not."""
-    monkeypatch.setattr("gaml_hf.models.modeling_gaml_bert.prepacking_gain", lambda linears: 2.0)
+    monkeypatch.setattr("gaml_hf.models.exits_gaml.prepacking_gain", lambda linears: 2.0)
     return copy.deepcopy(model).prepack()
 
 
 def test_prepack_does_what_is_faster(model, monkeypatch, caplog):
     weights, timed = model.state_dict(), []
     for gain in (0.4, 1.0, 1.4):
-        monkeypatch.setattr(
-            "gaml_hf.models.modeling_gaml_bert.prepacking_gain", lambda ls, g=gain: timed.append(ls) or g
-        )
+        monkeypatch.setattr("gaml_hf.models.exits_gaml.prepacking_gain", lambda ls, g=gain: timed.append(ls) or g)
         found = copy.deepcopy(model).prepack()
         assert any(isinstance(module, PrepackedLinear) for module in found.modules()) == (gain > 1)
         assert f"Not prepacked: that is {gain:.2f} times as fast" in caplog.text or gain > 1
@@ -262,8 +269,8 @@ def test_a_prepacked_model_in_the_pipeline(prepacked, model, tokenizer):
 
 @mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="needs a processor with AVX-512 at least")
 def test_prepacked_bfloat16(model, monkeypatch, caplog):
-    monkeypatch.setattr("gaml_hf.models.modeling_gaml_bert.prepacking_gain", lambda linears: 2.0)
-    monkeypatch.setattr("gaml_hf.models.modeling_gaml_bert.bfloat16_cost", lambda: 5.8)
+    monkeypatch.setattr("gaml_hf.models.exits_gaml.prepacking_gain", lambda linears: 2.0)
+    monkeypatch.setattr("gaml_hf.models.exits_gaml.bfloat16_cost", lambda: 5.8)
     model.to(torch.bfloat16)
     batch = texts(24, 12)
     with torch.no_grad():

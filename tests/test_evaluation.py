@@ -11,7 +11,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
-from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification, GamlTrainer
+from gaml_hf import PAPER_LETTER, GamlBertConfig, GamlBertForSequenceClassification, GamlTrainer
 from gaml_hf.evaluation import (
     ExitMetrics,
     OperatingPoint,
@@ -26,7 +26,6 @@ from gaml_hf.evaluation import (
     score_exits,
     sweep,
 )
-from gaml_hf.models.configuration_gaml_bert import PAPER_LETTER
 
 
 NUM_ROWS, LENGTH, NUM_LABELS = 96, 7, 3

@@ -12,9 +12,8 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 from transformers import BertConfig, BertModel
 
-from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification
+from gaml_hf import PAPER_LETTER, GamlBertConfig, GamlBertForSequenceClassification
 from gaml_hf.evaluation import one_class_exits, warn_of_one_class
-from gaml_hf.models.configuration_gaml_bert import PAPER_LETTER
 from gaml_hf.models.exits_gaml import mean_over_tokens
 from gaml_hf.training.exit_start import INVERSE_REGULARIZATION, input_variation, warm_start
 from test_trainer import ALPHA, EXIT_WEIGHTS, LAYERS, LEARNING, LEARNING_RATE, ROWS, Rows, make_model, make_trainer

@@ -30,8 +30,7 @@ from transformers import (
 )
 from transformers.utils import find_labels, logging
 
-from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification
-from gaml_hf.models.configuration_gaml_bert import PAPER_LETTER
+from gaml_hf import PAPER_LETTER, GamlBertConfig, GamlBertForSequenceClassification
 from gaml_hf.models.exiting_gaml import Budgeted, Entropy, FullDepth, MaxProb, Patience
 from reference import ce_loss_reference, kd_loss_reference
 
@@ -219,7 +218,7 @@ def test_work_is_done_for_the_tokens_still_there_alone(pooling, first, make, bat
             counted[position] += args[0].shape[0]
 
         layer.attention.self.key.register_forward_hook(count)
-        layer.intermediate.register_forward_hook(count)
+        layer.intermediate.dense.register_forward_hook(count)
     exit_layer = model(**batch, exit_policy=policy).exit_layer
     lengths = batch["attention_mask"].sum(dim=1)
     tokens = [int(lengths[exit_layer >= m].sum()) for m in range(1, 5)]
@@ -734,7 +733,7 @@ IDS = torch.full((2, 6), 7)
         ({"inputs_embeds": torch.zeros(6, 32)}, "`inputs_embeds` must have 3 dimensions"),
         (
             {"input_ids": IDS.repeat(1, 11)},
-            "`input_ids` must be at most 64 tokens long (`max_position_embeddings`). Got 66; tokenize with "
+            "`input_ids` must be at most 64 tokens long, what the model can read. Got 66; tokenize with "
             "`truncation=True`.",
         ),
         (
@@ -754,7 +753,7 @@ IDS = torch.full((2, 6), 7)
         ),
         (
             {"input_ids": IDS, "token_type_ids": IDS},
-            "`token_type_ids` must lie between 0 and 1 (`type_vocab_size` of the",
+            "`token_type_ids` must lie between 0 and 1 (the number of token types of the model",
         ),
         (
             {"input_ids": IDS, "token_type_ids": IDS[:, :5]},

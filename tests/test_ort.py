@@ -14,9 +14,8 @@ import torch
 from pytest import fixture, mark, raises, skip
 from torch.testing import assert_close
 
-from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification, GamlTextClassificationPipeline
+from gaml_hf import PAPER_LETTER, GamlBertConfig, GamlBertForSequenceClassification, GamlTextClassificationPipeline
 from gaml_hf.hub.folders import SEAL
-from gaml_hf.models.configuration_gaml_bert import PAPER_LETTER
 from gaml_hf.models.exiting_gaml import Budgeted, Entropy, FullDepth, MaxProb, Patience
 from gaml_hf.runtime import ort
 from gaml_hf.runtime.ort import GamlOrtModelForSequenceClassification, export_onnx

@@ -23,9 +23,8 @@ from transformers.pipelines.pt_utils import KeyDataset, KeyPairDataset
 from transformers.testing_utils import CaptureLogger
 from transformers.utils import logging
 
-from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification, GamlTextClassificationPipeline
+from gaml_hf import PAPER_LETTER, GamlBertConfig, GamlBertForSequenceClassification, GamlTextClassificationPipeline
 from gaml_hf.models import pipeline_gaml
-from gaml_hf.models.configuration_gaml_bert import PAPER_LETTER
 from gaml_hf.models.exiting_gaml import Budgeted, Entropy, FullDepth, MaxProb, Patience
 
 
@@ -414,7 +413,7 @@ def test_a_tokenizer_that_pads_on_the_left(model, tokenizer):
 
 def test_a_model_without_exits(bert_kwargs, tokenizer):
     model = BertForSequenceClassification(BertConfig(**bert_kwargs))
-    with raises(ValueError, match="`model` must be a GAML-BERT.* Got a BertForSequenceClassification"):
+    with raises(ValueError, match="`model` must be one with exits.* Got a BertForSequenceClassification"):
         GamlTextClassificationPipeline(model=model, tokenizer=tokenizer)
 
 

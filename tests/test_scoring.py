@@ -17,8 +17,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from pytest import approx, fixture, mark, raises
 
-from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification
-from gaml_hf.models.configuration_gaml_bert import PAPER_LETTER
+from gaml_hf import PAPER_LETTER, GamlBertConfig, GamlBertForSequenceClassification
 from gaml_hf.runtime import scoring
 from gaml_hf.runtime.ort import export_onnx
 from gaml_hf.runtime.scoring import ClassifierLoader, score_file, score_rows

@@ -14,10 +14,11 @@ it reaches 1 at a share of the training steps, which means the same for a short 
 """
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import ModuleList
+from torch.nn import Module, ModuleList
 from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
 
 from gaml_hf import GamlBertForSequenceClassification, GamlTrainer
@@ -32,16 +33,16 @@ class TheseusBert(GamlBertForSequenceClassification):
     predecessor: ModuleList  # one module of several layers for each successor
     replacing_rate = 0.0
 
-    def _run_layer(self, m: int, hidden_states: Tensor, layer_mask: Tensor | None) -> Tensor:
+    def _run_layer(self, layer: Module, hidden_states: Tensor, inputs: dict[str, Any]) -> Tensor:
         if not self.training:
-            return super()._run_layer(m, hidden_states, layer_mask)
+            return super()._run_layer(layer, hidden_states, inputs)
         # So that every successor has a gradient in every step, of zero where it does not run: else the backward pass
         # fails when nothing is replaced, for all else is frozen.
-        hidden_states = hidden_states + 0 * sum(p.sum() for p in self.bert.encoder.layer[m - 1].parameters())
+        hidden_states = hidden_states + 0 * sum(p.sum() for p in layer.parameters())
         if torch.rand(()) < self.replacing_rate:
-            return super()._run_layer(m, hidden_states, layer_mask)
-        for layer in self.predecessor[m - 1]:
-            hidden_states = layer(hidden_states, layer_mask)
+            return super()._run_layer(layer, hidden_states, inputs)
+        for replaced in self.predecessor[self.encoder_layers.index(layer)]:
+            hidden_states = super()._run_layer(replaced, hidden_states, inputs)
         return hidden_states
 
 

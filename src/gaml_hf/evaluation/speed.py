@@ -67,9 +67,9 @@ def flops_speed_up(
             f"`lengths` must hold one number of tokens for each of the {len(exit_layer)} rows of `exit_layer`. "
             f"Got shape {lengths.shape}."
         )
-    if lengths.min() < 1 or lengths.max() > config.max_position_embeddings:
+    if lengths.min() < 1 or lengths.max() > config.max_input_length:
         raise ValueError(
-            f"`lengths` must lie between 1 and {config.max_position_embeddings} (`max_position_embeddings`). "
+            f"`lengths` must lie between 1 and {config.max_input_length} (`max_position_embeddings`). "
             f"Got {lengths.min()} to {lengths.max()}."
         )
     distinct, row_length = np.unique(lengths, return_inverse=True)
@@ -154,8 +154,9 @@ def _layer_and_exit_flops(model: PreTrainedModel, lengths: Sequence[int]) -> lis
         costs = []
         for length in lengths:
             hidden_states = torch.empty(1, length, config.hidden_size)
+            inputs = shapes._layer_inputs(hidden_states, None)
             with FlopCounterMode(display=False) as layer, torch.no_grad():
-                hidden_states = shapes._run_layer(1, hidden_states, None)
+                hidden_states = shapes._run_layer(shapes.encoder_layers[0], hidden_states, inputs)
             with FlopCounterMode(display=False) as exit_, torch.no_grad():
                 shapes._run_exit(config.exit_layers[0], hidden_states[:, 0])
             costs.append((layer.get_total_flops(), exit_.get_total_flops()))

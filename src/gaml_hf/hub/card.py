@@ -16,7 +16,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from gaml_hf.evaluation import OperatingPoint
-from gaml_hf.models.configuration_gaml_bert import GamlBertConfig
+from gaml_hf.models.configuration_gaml import GamlConfigMixin
 from gaml_hf.models.exiting_gaml import EXIT_POLICIES
 
 
@@ -59,7 +59,7 @@ FIGURES = {
 
 
 def render_card(
-    config: GamlBertConfig,
+    config: GamlConfigMixin,
     *,
     model_name: str | None = None,
     base_model: str | None = None,
@@ -97,7 +97,7 @@ def render_card(
     All scores are of `metric_name`, in its own unit.
 
     Args:
-        config ([`GamlBertConfig`]): of the model; gives exits, labels and the exit strategy it is saved with.
+        config ([`GamlConfigMixin`]): of the model; gives exits, labels and the exit strategy it is saved with.
         model_name (`str`, *optional*): the Hub id (`user/name`), or a name.
         base_model (`str`, *optional*): the checkpoint it started from; a local folder is named, never linked.
         dataset (`str`, *optional*): what it was trained on, if possible a Hub id (`nyu-mll/glue`).
@@ -217,7 +217,7 @@ def _measured(*values: float | None) -> bool:
     return all(value is not None and isfinite(value) for value in values)
 
 
-def _config_fields(config: GamlBertConfig) -> dict:
+def _config_fields(config: GamlConfigMixin) -> dict:
     """The exit strategy of `config` and the one field that it reads."""
     parameter = EXIT_POLICIES[config.exit_strategy].parameter
     return {"exit_strategy": config.exit_strategy} | ({parameter: getattr(config, parameter)} if parameter else {})

@@ -13,9 +13,9 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer
 from transformers.dynamic_module_utils import get_relative_imports
 
+from gaml_hf.models.auto import GamlAutoConfig, GamlAutoModelForSequenceClassification
 from gaml_hf.models.checksums_gaml import verify_checksum, weight_files
-from gaml_hf.models.configuration_gaml_bert import GamlBertConfig
-from gaml_hf.models.modeling_gaml_bert import GamlBertForSequenceClassification
+from gaml_hf.models.configuration_gaml import GamlConfigMixin
 
 from .folders import SEAL
 
@@ -77,7 +77,7 @@ def find_problems(folder: Path) -> list[str]:
     ]
     try:
         names = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        config = GamlBertConfig.from_pretrained(folder, local_files_only=True)
+        config = GamlAutoConfig.from_pretrained(folder, local_files_only=True)
     except FileNotFoundError:
         return [*problems, "`config.json` is missing."]
     except (OSError, ValueError, TypeError, StrictDataclassError) as error:
@@ -150,7 +150,7 @@ def _tokenizer_classes(folder: Path) -> list[tuple[str, str]]:
     return [(name, value) for name, value in pairs if value is not None]
 
 
-def _weight_problems(folder: Path, config: GamlBertConfig) -> list[str]:
+def _weight_problems(folder: Path, config: GamlConfigMixin) -> list[str]:
     try:
         paths = weight_files(folder)
     except ValueError as error:
@@ -172,7 +172,8 @@ def _weight_problems(folder: Path, config: GamlBertConfig) -> list[str]:
     if problems:
         return problems
     with torch.device("meta"):  # names and shapes alone
-        expected = {key: tuple(t.shape) for key, t in GamlBertForSequenceClassification(config).state_dict().items()}
+        model = GamlAutoModelForSequenceClassification.from_config(config)
+        expected = {key: tuple(t.shape) for key, t in model.state_dict().items()}
     differences = {
         "lack": [key for key in expected if key not in shapes],
         "hold, though the config describes no such part,": [key for key in shapes if key not in expected],
@@ -190,7 +191,7 @@ def _weight_problems(folder: Path, config: GamlBertConfig) -> list[str]:
     return problems
 
 
-def _tokenizer_problems(folder: Path, config: GamlBertConfig) -> list[str]:
+def _tokenizer_problems(folder: Path, config: GamlConfigMixin) -> list[str]:
     # Loading is no test of this: a folder without these files gives a tokenizer that answers [UNK] to every word.
     problems = []
     if not (folder / "tokenizer_config.json").is_file():

@@ -50,7 +50,7 @@ def save_checkpoint(model, tokenizer, folder: str | os.PathLike, *, card: Mappin
         save_tokenizer(tokenizer, stage)
         if card is not None or not (folder / "README.md").exists():
             figures = [name for name in FIGURES if (folder / name).exists()]
-            length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
+            length = min(tokenizer.model_max_length, model.config.max_input_length)
             values = {"figures": figures, "max_length": length} | dict(card or {})
             text = render_card(model.config, **values | {"model_name": values.get("model_name") or folder.name})
             (stage / "README.md").write_text(text, encoding="utf-8")

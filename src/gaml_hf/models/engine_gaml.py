@@ -9,12 +9,13 @@ An exit may read [CLS] and nothing else (`exit_pooling="cls"`). Then, where rows
 ([`run_cls`]): keys and values of all tokens, but query, attention and feed-forward of [CLS] alone. After the decision
 [`run_rest`] completes the layer for the rows that stay. A row that leaves has saved about 10/12 of its last layer.
 
-These functions know a layer by the names of BERT's parts, which RoBERTa and ELECTRA share.
+Encoder families differ in how a layer is called and what its attention adds. These functions ask the model for it, in
+the words of [`EncoderHooks`], whose answers are BERT's.
 """
 
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,11 +31,13 @@ class Rows(NamedTuple):
         place (`torch.LongTensor` of shape `(num_tokens,)`): place of each token in the flattened grid.
         mask (`torch.BoolTensor` of shape `(num_rows, 1, 1, length)`, *optional*): where the grid holds a token; `None`
             where it holds one everywhere.
+        shared: what layers share at this length, see [`EncoderHooks`].
     """
 
     grid: Tensor
     place: Tensor
     mask: Tensor | None
+    shared: Any = None
 
     @property
     def in_order(self) -> bool:
@@ -50,9 +53,11 @@ class Layout:
         mask (`torch.BoolTensor` of shape `(num_rows, length)`, on the CPU): where there is a token; [CLS] of every row
             is in the first column. Columns that no row needs are cut off.
         device (`torch.device`): of the tokens.
+        share (`Callable`, *optional*): from a length, what layers share at it; called once per length.
     """
 
-    def __init__(self, mask: Tensor, device: torch.device):
+    def __init__(self, mask: Tensor, device: torch.device, share: Callable[[int], Any] = lambda length: None):
+        self.share = share
         self.length = int(mask.any(dim=0).nonzero()[-1]) + 1  # of the longest row
         self.mask, self.device = mask[:, : self.length].contiguous(), device
         num_rows = len(mask)
@@ -67,6 +72,7 @@ class Layout:
             grid=self.to_device(self.grid),
             place=self.to_device(place),
             mask=None if is_full else self.to_device(self.mask)[:, None, None, :],
+            shared=share(self.length),
         )
 
     def to_device(self, values: Tensor) -> Tensor:
@@ -96,23 +102,97 @@ class Layout:
         Returns:
             `tuple`: the new layout, and the old number of each of its tokens, on their device.
         """
-        smaller = Layout(self.mask[kept], self.device)
+        shared = self.rows.shared
+        smaller = Layout(self.mask[kept], self.device, lambda n: shared if n == self.length else self.share(n))
         rest = smaller.mask[:, 1:]
+        smaller.share = self.share
         return smaller, self.to_device(torch.cat([kept, self.grid[kept, 1 : smaller.length][rest]]))
 
 
-def run_layer(layer: nn.Module, tokens: Tensor, rows: Rows) -> Tensor:
+class LayerParts(NamedTuple):
+    """The parts of a layer of BERT's kind: attention, add, norm; feed-forward, add, norm."""
+
+    query: nn.Linear
+    key: nn.Linear
+    value: nn.Linear
+    attention_output: nn.Linear
+    attention_norm: nn.LayerNorm
+    intermediate: nn.Linear
+    activation: Callable[[Tensor], Tensor]
+    output: nn.Linear
+    output_norm: nn.LayerNorm
+
+
+class EncoderHooks:
+    """
+    What the engine asks of a model about one of its layers, with BERT's answers. A family of BERT's kind says
+    `layer_parts`; one of another kind overrides the hooks that differ.
+    """
+
+    attention_scale: float | None = None  # of query times key; defaults to 1 / sqrt(head_size)
+
+    @property
+    def head_size(self) -> int:
+        """Features of an attention head."""
+        return self.config.hidden_size // self.config.num_attention_heads
+
+    @staticmethod
+    def layer_parts(layer: nn.Module) -> LayerParts:
+        attention = layer.attention
+        return LayerParts(
+            query=attention.self.query,
+            key=attention.self.key,
+            value=attention.self.value,
+            attention_output=attention.output.dense,
+            attention_norm=attention.output.LayerNorm,
+            intermediate=layer.intermediate.dense,
+            activation=layer.intermediate.intermediate_act_fn,
+            output=layer.output.dense,
+            output_norm=layer.output.LayerNorm,
+        )
+
+    def _shared_by_layers(self, tokens: Tensor, length: int) -> Any:
+        """What all layers share for rows of `length` places, on the device and in the type of `tokens`."""
+        return None
+
+    def _project(self, layer: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value, `(num_tokens, num_heads * head_size)` each."""
+        return self._project_query(layer, tokens), *self._project_key_value(layer, tokens)
+
+    def _project_query(self, layer: nn.Module, tokens: Tensor) -> Tensor:
+        return self.layer_parts(layer).query(tokens)
+
+    def _project_key_value(self, layer: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        parts = self.layer_parts(layer)
+        return parts.key(tokens), parts.value(tokens)
+
+    def _rotate(self, layer: nn.Module, heads: Tensor, rows: Rows) -> Tensor:
+        """Queries or keys of the first places, `(num_rows, num_heads, num_places, head_size)` to the same."""
+        return heads
+
+    def _attention_bias(self, layer: nn.Module, query: Tensor, key: Tensor, rows: Rows) -> Tensor | None:
+        """What attention adds to its scores (float), or which of them count (bool); the queries are the first."""
+        return rows.mask
+
+    def _after_attention(self, layer: nn.Module, context: Tensor, tokens: Tensor) -> Tensor:
+        """What attention found and what went into the layer, `(num_tokens, hidden_size)` each, to what comes out."""
+        parts = self.layer_parts(layer)
+        attended = parts.attention_norm(parts.attention_output(context) + tokens)
+        inner = parts.activation(parts.intermediate(attended))
+        return parts.output_norm(parts.output(inner) + attended)
+
+
+def run_layer(model: EncoderHooks, layer: nn.Module, tokens: Tensor, rows: Rows) -> Tensor:
     """One layer for all tokens: `(num_tokens, hidden_size)` to the same."""
-    attention = layer.attention.self
-    key, value = _keys_and_values(attention, tokens, rows)
-    query = _heads(attention.query(tokens), rows, attention)
-    context = _attend(query, key, value, rows.mask)
+    query, key, value = (_heads(x, rows, model.head_size) for x in model._project(layer, tokens))
+    query, key = model._rotate(layer, query, rows), model._rotate(layer, key, rows)
+    context = _attend(model, layer, query, key, value, rows)
     if not rows.in_order:
         context = context.index_select(0, rows.place)
-    return layer.feed_forward_chunk(layer.attention.output(context, tokens))
+    return model._after_attention(layer, context, tokens)
 
 
-def run_cls(layer: nn.Module, tokens: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+def run_cls(model: EncoderHooks, layer: nn.Module, tokens: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
     """
     One layer for [CLS] alone.
 
@@ -120,45 +200,46 @@ def run_cls(layer: nn.Module, tokens: Tensor, rows: Rows) -> tuple[Tensor, Tenso
         `tuple`: [CLS] after the layer, `(num_rows, hidden_size)`; keys and values of all tokens,
         `(num_rows, num_heads, length, head_size)` each, for [`run_rest`].
     """
-    attention = layer.attention.self
     cls = tokens[: len(rows.grid)]
-    key, value = _keys_and_values(attention, tokens, rows)
-    query = attention.query(cls).view(len(cls), 1, -1, attention.attention_head_size).transpose(1, 2)
-    context = _attend(query, key, value, rows.mask)
-    return layer.feed_forward_chunk(layer.attention.output(context, cls)), key, value
+    key, value = (_heads(x, rows, model.head_size) for x in model._project_key_value(layer, tokens))
+    key = model._rotate(layer, key, rows)
+    query = model._project_query(layer, cls).view(len(cls), 1, -1, model.head_size).transpose(1, 2)
+    context = _attend(model, layer, model._rotate(layer, query, rows), key, value, rows)
+    return model._after_attention(layer, context, cls), key, value
 
 
-def run_rest(layer: nn.Module, rest: Tensor, key: Tensor, value: Tensor, rows: Rows) -> Tensor:
+def run_rest(model: EncoderHooks, layer: nn.Module, rest: Tensor, key: Tensor, value: Tensor, rows: Rows) -> Tensor:
     """What [`run_cls`] left: the layer for the other tokens, `(num_tokens - num_rows, hidden_size)` to the same."""
-    attention = layer.attention.self
     num_rows = len(rows.grid)
     # At the place of [CLS] stands some token's query, and nobody reads what comes of it.
-    query = _heads(attention.query(rest), rows._replace(grid=(rows.grid - num_rows).clamp(min=0)), attention)
-    context = _attend(query, key, value, rows.mask)
-    if not rows.in_order:
-        context = context.index_select(0, rows.place[num_rows:])
-    return layer.feed_forward_chunk(layer.attention.output(context, rest))
+    places = (rows.grid - num_rows).clamp(min=0)
+    query = model._project_query(layer, rest).index_select(0, places.flatten())
+    query = query.view(*places.shape, -1, model.head_size).transpose(1, 2)
+    context = _attend(model, layer, model._rotate(layer, query, rows), key, value, rows)
+    return model._after_attention(layer, context.index_select(0, rows.place[num_rows:]), rest)
 
 
 LAYER_FUNCTIONS = (run_layer, run_cls, run_rest)
 
 
-def _keys_and_values(attention: nn.Module, tokens: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-    return _heads(attention.key(tokens), rows, attention), _heads(attention.value(tokens), rows, attention)
-
-
-def _heads(tokens: Tensor, rows: Rows, attention: nn.Module) -> Tensor:
+def _heads(tokens: Tensor, rows: Rows, head_size: int) -> Tensor:
     """Tokens on the grid, by head: `(num_rows, num_heads, length, head_size)`."""
     if not rows.in_order:
         tokens = tokens.index_select(0, rows.grid.flatten())
     num_rows = len(rows.grid)
-    return tokens.view(num_rows, len(tokens) // num_rows, -1, attention.attention_head_size).transpose(1, 2)
+    return tokens.view(num_rows, len(tokens) // num_rows, -1, head_size).transpose(1, 2)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+def _attend(model: EncoderHooks, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, rows: Rows) -> Tensor:
     """`(num_rows * query_length, hidden_size)`."""
-    context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    bias = model._attention_bias(layer, query, key, rows)
+    context = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=model.attention_scale)
     return context.transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def add_mask(bias: Tensor, mask: Tensor | None) -> Tensor:
+    """A bias of attention scores that lets nothing look at places without a token."""
+    return bias if mask is None else bias.masked_fill(~mask, float("-inf"))
 
 
 def _best_seconds(runs: list[Callable[[], object]], rounds: int) -> list[float]:

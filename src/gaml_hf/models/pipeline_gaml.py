@@ -105,6 +105,10 @@ class GamlTextClassificationPipeline(TextClassificationPipeline):
     """
 
     def __init__(self, model, tokenizer=None, **kwargs):
+        if not hasattr(model.config, "exit_layers"):
+            raise ValueError(
+                f"`model` must be one with exits: its config names `exit_layers`. Got a {type(model).__name__}."
+            )
         _check_tokenizer(tokenizer, model.config)
         _check_counts(kwargs)
         self._exit_defaults = {}
@@ -112,11 +116,7 @@ class GamlTextClassificationPipeline(TextClassificationPipeline):
         self._exit_defaults = {name: kwargs.get(name) for name in EXIT_FIELDS}
 
     def check_model_type(self, supported_models):
-        """Ask the config: upstream looks for the class name among the registered ones and logs an error without it."""
-        if not hasattr(self.model.config, "exit_layers"):
-            raise ValueError(
-                f"`model` must be a GAML-BERT: its config names `exit_layers`. Got a {type(self.model).__name__}."
-            )
+        """Done above: upstream looks for the class name among the registered ones and logs an error without it."""
 
     def __call__(self, inputs, **kwargs):
         """
@@ -140,7 +140,7 @@ class GamlTextClassificationPipeline(TextClassificationPipeline):
     @property
     def max_length(self) -> int:
         """The longest input in tokens where a call names none: the tokenizer's, as far as the model can read."""
-        return min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings)
+        return min(self.tokenizer.model_max_length, self.model.config.max_input_length)
 
     # Settings
 
@@ -182,7 +182,7 @@ class GamlTextClassificationPipeline(TextClassificationPipeline):
             if name != "max_length":
                 _check_choice(name, value, TOKENIZER_ARGUMENTS[name])
         max_length = kwargs.get("max_length")
-        limit = self.model.config.max_position_embeddings
+        limit = self.model.config.max_input_length
         if max_length is not None and (type(max_length) is not int or not MIN_LENGTH <= max_length <= limit):
             raise ValueError(
                 f"`max_length` must be a whole number between {MIN_LENGTH} and {limit}, the longest input that this "
@@ -240,7 +240,7 @@ class GamlTextClassificationPipeline(TextClassificationPipeline):
                 )
         length = int(encoding["attention_mask"].sum())
         if length > max_length:
-            limit = config.max_position_embeddings
+            limit = config.max_input_length
             raise ValueError(
                 f"the text has {length} tokens, and at most {max_length} are read. Leave `truncation` at its default, "
                 "True, to cut it" + (f", or give `max_length`, up to {limit}." if max_length < limit else ".")

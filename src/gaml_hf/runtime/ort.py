@@ -19,9 +19,10 @@ from torch import Tensor
 from transformers.utils import logging
 
 from gaml_hf.hub.folders import SEAL, save_tokenizer, staging_folder, why_unsealed, write_seal
-from gaml_hf.models.configuration_gaml_bert import GamlBertConfig
+from gaml_hf.models.auto import GamlAutoConfig
+from gaml_hf.models.configuration_gaml import GamlConfigMixin
 from gaml_hf.models.exiting_gaml import Budgeted, ExitPolicy, policy_from_config
-from gaml_hf.models.modeling_gaml_bert import GamlBertForSequenceClassification, GamlSequenceClassifierOutput
+from gaml_hf.models.exits_gaml import ExitsMixin, GamlSequenceClassifierOutput
 
 
 logger = logging.get_logger(__name__)
@@ -35,7 +36,7 @@ CONTRIB = {"Gelu", "FastGelu", "MatMulIntegerToFloat", "SkipLayerNormalization",
 UNSIGNED_WEIGHTS = "session.x64quantprecision"
 
 
-def segment_files(config: GamlBertConfig) -> list[str]:
+def segment_files(config: GamlConfigMixin) -> list[str]:
     """Names of an export's graphs, in the order in which they run."""
     return ["embeddings.onnx", *(f"layer_{m}.onnx" for m in range(1, config.num_hidden_layers + 1))]
 
@@ -44,7 +45,7 @@ def segment_files(config: GamlBertConfig) -> list[str]:
 
 
 def export_onnx(
-    model: GamlBertForSequenceClassification,
+    model: ExitsMixin,
     folder: str | os.PathLike,
     *,
     precision: Literal["fp32", "int8"] = "fp32",
@@ -58,7 +59,7 @@ def export_onnx(
     folder serves every processor: which kernels sum these products exactly is found when it is loaded.
 
     Args:
-        model ([`GamlBertForSequenceClassification`]): trained; read in fp32, and left as it was.
+        model ([`GamlBertForSequenceClassification`] or another family's): trained; read in fp32, and left as it was.
         folder (`str` or `os.PathLike`): where to, a new folder; it appears whole, in one rename.
         precision (`str`, *optional*, defaults to `"fp32"`): `"fp32"` or `"int8"`.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): saved beside the model.
@@ -150,7 +151,7 @@ class _Graph:
         return onnx.helper.make_graph(self.nodes, name, info(inputs), info(outputs), self.weights)
 
 
-def _embeddings_graph(model: GamlBertForSequenceClassification) -> Any:
+def _embeddings_graph(model: ExitsMixin) -> Any:
     import onnx
 
     part, graph = model.bert.embeddings, _Graph()
@@ -189,7 +190,7 @@ def _embeddings_graph(model: GamlBertForSequenceClassification) -> Any:
     )
 
 
-def _layer_graph(model: GamlBertForSequenceClassification, m: int, precision: str) -> Any:
+def _layer_graph(model: ExitsMixin, m: int, precision: str) -> Any:
     """
     Layer m and, if it has one, its exit.
 
@@ -320,7 +321,7 @@ def _session_options(num_threads: int, weight_type: str) -> Any:
 class GamlOrtModelForSequenceClassification:
     """
     A GAML-BERT that runs in ONNX Runtime on a CPU: the calls, outputs and exits of
-    [`GamlBertForSequenceClassification`] in evaluation mode, for inference alone.
+    [`GamlBertForSequenceClassification`] or another family's in evaluation mode, for inference alone.
 
     Works as the `model` of [`GamlTextClassificationPipeline`]. Threads may share one; a pickle of it holds the path of
     the export, not the weights.
@@ -345,10 +346,10 @@ class GamlOrtModelForSequenceClassification:
     dtype = torch.float32  # of hidden states and logits, in int8 too
 
     # The same errors for the same input.
-    _check_inputs = GamlBertForSequenceClassification._check_inputs
-    _check_range = staticmethod(GamlBertForSequenceClassification._check_range)
+    _check_inputs = ExitsMixin._check_inputs
+    _check_range = staticmethod(ExitsMixin._check_range)
 
-    def __init__(self, folder: Path, config: GamlBertConfig, num_threads: int):
+    def __init__(self, folder: Path, config: GamlConfigMixin, num_threads: int):
         _, onnxruntime = _import_onnx()
         self.folder, self.config, self.num_threads = folder, config, num_threads
         self._segments, self.weight_type = [], "float32"
@@ -393,7 +394,7 @@ class GamlOrtModelForSequenceClassification:
         num_threads = torch.get_num_threads() if num_threads is None else num_threads
         if type(num_threads) is not int or num_threads < 1:
             raise ValueError(f"`num_threads` must be a whole number of at least 1. Got `num_threads={num_threads!r}`.")
-        config = GamlBertConfig.from_pretrained(folder, local_files_only=True, **config_changes)
+        config = GamlAutoConfig.from_pretrained(folder, local_files_only=True, **config_changes)
         if missing := [name for name in segment_files(config) if not (folder / name).is_file()]:
             raise ValueError(f"The export in `{folder}` is not complete: `{missing[0]}` is missing.")
         if (folder / SEAL).is_file() and (reason := why_unsealed(folder)) is not None:
@@ -439,7 +440,7 @@ class GamlOrtModelForSequenceClassification:
         output_exit_logits: bool = False,
         return_dict: bool = True,
     ) -> GamlSequenceClassifierOutput | tuple[Tensor, ...]:
-        """As [`GamlBertForSequenceClassification.forward`], for these inputs, which lie on the CPU."""
+        """As [`ExitsMixin.forward`], for these inputs, which lie on the CPU."""
         self._check_inputs(input_ids, None, attention_mask, token_type_ids, None, False)
         policy = exit_policy or policy_from_config(self.config)
         if attention_mask is None:

@@ -33,8 +33,8 @@ from transformers import AutoTokenizer
 
 from gaml_hf.data.files import RowFile
 from gaml_hf.hub.folders import staging_folder
+from gaml_hf.models.auto import GamlAutoModelForSequenceClassification
 from gaml_hf.models.exiting_gaml import shown
-from gaml_hf.models.modeling_gaml_bert import GamlBertForSequenceClassification
 from gaml_hf.models.pipeline_gaml import GamlTextClassificationPipeline
 
 from .ort import GamlOrtModelForSequenceClassification
@@ -297,7 +297,7 @@ class ClassifierLoader(NamedTuple):
         if self.onnx:
             model = GamlOrtModelForSequenceClassification.from_pretrained(self.model)
         else:
-            model = GamlBertForSequenceClassification.from_pretrained(self.model)
+            model = GamlAutoModelForSequenceClassification.from_pretrained(self.model)
         if self.prepack:
             model = model.eval().prepack()
         tokenizer = AutoTokenizer.from_pretrained(self.model, trust_remote_code=False)

@@ -312,7 +312,7 @@ class GamlTrainer(Trainer):
             dataset,
             split,
             num_labels=config.num_labels,
-            max_length=config.max_position_embeddings,
+            max_length=config.max_input_length,
             needs_labels=split != "test",
             # Else a collator of one's own may make labels and tokens out of other columns.
             columns_are_final=getattr(self.data_collator, "__module__", "").startswith("transformers."),

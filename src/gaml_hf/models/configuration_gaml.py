@@ -1,17 +1,14 @@
-"""Configuration of GAML-BERT: a BERT with an exit after each layer (Zhu et al., 2021)."""
+"""The exits' part of a configuration (Zhu et al., 2021), the same for every encoder family."""
 
 import difflib
 import re
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
-
-from huggingface_hub.dataclasses import strict
-from transformers import BertConfig
 
 from .exiting_gaml import policy_from_config
 
 
-# The letter of the paper, where our defaults depart from it: fields of [`GamlBertConfig`].
+# The letter of the paper, where our defaults depart from it: fields of a configuration.
 PAPER_LETTER = {
     "exit_pooling": "cls",  # Sec. 6.4
     "exit_learning_rate_multiplier": 1.0,
@@ -21,10 +18,11 @@ PAPER_LETTER = {
 }
 
 
-@strict
-class GamlBertConfig(BertConfig):
+@dataclass(kw_only=True, repr=False, eq=False)
+class GamlConfigMixin:
     """
-    Everything that [`~transformers.BertConfig`] holds, and the exits, how they are trained and when a row leaves.
+    The exits of an encoder: where they are, how they are trained, and when a row leaves. Mixed into the configuration
+    of each encoder family, which gives the rest.
 
     Exits are numbered by their layer, from 1, as in the paper.
 
@@ -35,8 +33,8 @@ class GamlBertConfig(BertConfig):
             What an exit reads of its layer: the `"mean"` over the tokens, or the state of [CLS], `"cls"` (the paper,
             Sec. 6.4), which in shallow layers holds next to nothing of the text (docs/choices.md).
         exit_pooler (`str`, *optional*, defaults to `"none"`):
-            What stands between that and the linear exit: `"none"` (the paper, Sec. 6.4), `"shared"` (BERT's
-            pooler for all exits, as in PABEE) or `"per_exit"`.
+            What stands between that and the linear exit: `"none"` (the paper, Sec. 6.4), `"shared"` (the
+            encoder's own pooler for all exits, as in PABEE; BERT, RoBERTa and MPNet have one) or `"per_exit"`.
         exit_norm (`str`, *optional*, defaults to `"none"`):
             What scales the input of the linear exit: `"none"` (the paper) or `"layer"` (LayerNorm without parameters).
         exit_learning_rate_multiplier (`float`, *optional*, defaults to 10.0):
@@ -87,7 +85,9 @@ class GamlBertConfig(BertConfig):
             Calibration: at inference the logits of each exit are divided by its temperature, above 0. One per exit.
     """
 
-    model_type = "gaml_bert"
+    # Of a family's class, beside its `model_type`: `model_type` of the plain checkpoints that it starts from.
+    plain_model_types: ClassVar[tuple[str, ...]] = ()
+    has_pooler: ClassVar[bool] = False  # whether its encoder has a pooler as BERT's, for `exit_pooler="shared"`
 
     exit_layers: list[int] | None = None
     exit_pooling: Literal["cls", "mean"] = "mean"
@@ -123,9 +123,10 @@ class GamlBertConfig(BertConfig):
             self.exit_layers = list(range(1, self.num_hidden_layers + 1))
         # A repository is used through these names, whether this package wrote it or a copy loaded from a Hub.
         # Both are set afresh: a dict shared with another config, or a "repo--" prefix, must not survive a second save.
-        model_class = "modeling_gaml_bert.GamlBertForSequenceClassification"
+        family = self._family()
+        model_class = f"modeling_{self.model_type}.{family.removesuffix('Config')}ForSequenceClassification"
         kwargs["auto_map"] = {
-            "AutoConfig": "configuration_gaml_bert.GamlBertConfig",
+            "AutoConfig": f"modeling_{self.model_type}.{family}",
             "AutoModel": model_class,
             "AutoModelForSequenceClassification": model_class,
         }
@@ -139,10 +140,36 @@ class GamlBertConfig(BertConfig):
         }
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def _family(cls) -> str:
+        """Name of the family's configuration, also for a subclass of it."""
+        return next(c.__name__ for c in cls.__mro__ if "plain_model_types" in vars(c))
+
     @property
     def num_exits(self) -> int:
         """M, the number of exits."""
         return len(self.exit_layers)
+
+    @property
+    def comes_with_exits(self) -> bool:
+        """Whether the checkpoint that this was read from was saved with exits."""
+        return f"{self._family().removesuffix('Config')}ForSequenceClassification" in (self.architectures or [])
+
+    @property
+    def max_input_length(self) -> int:
+        """The most tokens that the encoder can read."""
+        return self.max_position_embeddings
+
+    @property
+    def num_token_types(self) -> int:
+        """How many values `token_type_ids` may have; 1 where the encoder knows none, and ignores zeros."""
+        return max(1, getattr(self, "type_vocab_size", 1))
+
+    @property
+    def exit_dropout(self) -> float:
+        """Dropout before an exit's linear layer: that of the family's own classifier."""
+        dropout = getattr(self, "classifier_dropout", None)
+        return self.hidden_dropout_prob if dropout is None else dropout
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
@@ -152,12 +179,13 @@ class GamlBertConfig(BertConfig):
                 f"`{pretrained_model_name_or_path}` has no `config.json`. If a save was killed there, save again."
             )
         model_type = config_dict.get("model_type", cls.model_type)
-        if model_type not in ("bert", cls.model_type):
+        if model_type not in (*cls.plain_model_types, cls.model_type):
             raise ValueError(
-                "GAML-BERT starts from a BERT or GAML-BERT checkpoint. "
-                f"`{pretrained_model_name_or_path}` holds a model of type `{model_type}`."
+                f"{cls._family()} is for checkpoints of type {', '.join(cls.plain_model_types)} or {cls.model_type}. "
+                f"`{pretrained_model_name_or_path}` holds a model of type `{model_type}`; "
+                "`GamlAutoModelForSequenceClassification` finds the class for it, where there is one."
             )
-        if model_type == "bert":  # else the config would go on calling itself "bert"
+        if model_type != cls.model_type:  # else the config would go on calling itself "bert"
             config_dict = {key: value for key, value in config_dict.items() if key != "model_type"}
         elif "exit_pooling" not in config_dict:  # of a time when every exit read [CLS], as it is
             config_dict = {**config_dict, "exit_pooling": "cls"}
@@ -175,16 +203,21 @@ class GamlBertConfig(BertConfig):
                 )
         if config_dict.get("transformers_weights") is not None:
             raise ValueError(
-                "`transformers_weights` in a config names another weights file. The weights of a GAML-BERT folder are "
+                "`transformers_weights` in a config names another weights file. Those of a saved model are in "
                 f"`model.safetensors`. Got {config_dict['transformers_weights']!r}. Take it out of `config.json`."
             )
         # The parent sets overrides after the validators have run; ours go through them.
         refuse_misspelt(kwargs, cls)
+        kwargs = {cls.attribute_map.get(key, key): value for key, value in kwargs.items()}
         known = {field.name for field in fields(cls)} & kwargs.keys() - {"dtype"}
         return super().from_dict(
             {**config_dict, **{key: kwargs[key] for key in known}},
             **{key: value for key, value in kwargs.items() if key not in known},
         )
+
+    def truncated(self, num_hidden_layers: int) -> dict[str, Any]:
+        """What changes where only the first layers are kept, beside the exits."""
+        return {"num_hidden_layers": num_hidden_layers}
 
     def validate_exits(self):
         layers = self.exit_layers
@@ -192,6 +225,11 @@ class GamlBertConfig(BertConfig):
             raise ValueError(
                 f"`exit_layers` must be rising layer numbers between 1 and {self.num_hidden_layers} "
                 f"(`num_hidden_layers`), the last of them {self.num_hidden_layers}. Got `exit_layers={layers}`."
+            )
+        if self.exit_pooler == "shared" and not self.has_pooler:
+            raise ValueError(
+                '`exit_pooler` must be "none" or "per_exit": the encoder has no pooler to share. '
+                f"Got `exit_pooler={self.exit_pooler!r}`."
             )
         temperatures = self.exit_temperatures
         if temperatures is not None and (
@@ -259,8 +297,8 @@ class GamlBertConfig(BertConfig):
                 f"`id2label` must name the classes 0 to {self.num_labels - 1} (`num_labels` is {self.num_labels}), "
                 f"each with a `str`. Got {self.id2label}."
             )
-        if self.is_decoder or self.add_cross_attention:
-            raise ValueError("GAML-BERT is an encoder: `is_decoder` and `add_cross_attention` must be False.")
+        if getattr(self, "is_decoder", False) or getattr(self, "add_cross_attention", False):
+            raise ValueError("Exits are for encoders: `is_decoder` and `add_cross_attention` must be False.")
 
 
 def refuse_misspelt(kwargs: dict[str, Any], config: Any) -> None:
@@ -270,10 +308,11 @@ def refuse_misspelt(kwargs: dict[str, Any], config: Any) -> None:
     Raises:
         ValueError: names the keyword and the field that was probably meant.
     """
-    own = [field.name for field in fields(config) if field.name in GamlBertConfig.__annotations__]
+    names = {field.name for field in fields(config)}
+    own = [field.name for field in fields(GamlConfigMixin)]
     for key in kwargs:
-        if key not in own and (match := difflib.get_close_matches(key, own, n=1, cutoff=0.8)):
-            raise ValueError(f"`{key}` is not a field of GamlBertConfig. Did you mean `{match[0]}`?")
+        if key not in names and (match := difflib.get_close_matches(key, own, n=1, cutoff=0.8)):
+            raise ValueError(f"`{key}` is not a field of {config._family()}. Did you mean `{match[0]}`?")
 
 
 def _check_class_numbers(id2label: Any) -> None:
@@ -286,4 +325,4 @@ def _check_class_numbers(id2label: Any) -> None:
         ) from None
 
 
-__all__ = ["PAPER_LETTER", "GamlBertConfig"]
+__all__ = ["PAPER_LETTER", "GamlConfigMixin"]

@@ -1,0 +1,91 @@
+"""The class with exits for a checkpoint, by the `model_type` in its config. Add a family here."""
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+
+# Every family: its module, and the class names in it without `Config` and `ForSequenceClassification`.
+FAMILIES = {
+    "modeling_gaml_albert": "GamlAlbert",
+    "modeling_gaml_bert": "GamlBert",
+    "modeling_gaml_deberta_v2": "GamlDebertaV2",
+    "modeling_gaml_distilbert": "GamlDistilBert",
+    "modeling_gaml_electra": "GamlElectra",
+    "modeling_gaml_modernbert": "GamlModernBert",
+    "modeling_gaml_mpnet": "GamlMPNet",
+    "modeling_gaml_roberta": "GamlRoberta",
+}
+
+
+def families() -> list[tuple[type[PreTrainedConfig], type[PreTrainedModel]]]:
+    """The configuration and model class of every family."""
+    modules = {name: import_module(f".{name}", __package__) for name in FAMILIES}
+    return [
+        (getattr(modules[name], f"{prefix}Config"), getattr(modules[name], f"{prefix}ForSequenceClassification"))
+        for name, prefix in FAMILIES.items()
+    ]
+
+
+def _classes_for(name: Any, kwargs: Mapping[str, Any]) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
+    where = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+    found, _ = PreTrainedConfig.get_config_dict(name, **{key: kwargs[key] for key in where if key in kwargs})
+    if not found:
+        raise OSError(f"`{name}` has no `config.json`. If a save was killed there, save again.")
+    known = {}
+    for config_class, model_class in families():
+        known |= dict.fromkeys((*config_class.plain_model_types, config_class.model_type), (config_class, model_class))
+    model_type = found.get("model_type")
+    if model_type not in known:
+        plain = sorted(kind for kind in known if not kind.startswith("gaml_"))
+        raise ValueError(
+            f"There are exits for checkpoints of type {', '.join(plain)}. `{name}` holds a model of type "
+            f"`{model_type}`. docs/families.md says how to add one."
+        )
+    return known[model_type]
+
+
+class GamlAutoConfig:
+    """The configuration with exits for any checkpoint, plain or with exits."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> PreTrainedConfig:
+        """
+        As [`~transformers.PreTrainedConfig.from_pretrained`] of the family that the checkpoint is of.
+
+        Raises:
+            ValueError: there is no such family here; names those that there are.
+        """
+        config_class, _ = _classes_for(pretrained_model_name_or_path, kwargs)
+        return config_class.from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+
+class GamlAutoModelForSequenceClassification:
+    """
+    The model with exits for any checkpoint: a plain one of a family (`roberta-base`), whose exits are then new, or one
+    that was saved with exits.
+    """
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> PreTrainedModel:
+        """
+        As [`~transformers.PreTrainedModel.from_pretrained`] of the family that the checkpoint is of.
+
+        Raises:
+            ValueError: there is no such family here; names those that there are.
+        """
+        _, model_class = _classes_for(pretrained_model_name_or_path, kwargs)
+        return model_class.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    @classmethod
+    def from_config(cls, config: PreTrainedConfig) -> PreTrainedModel:
+        """A model with random weights."""
+        for config_class, model_class in families():
+            if type(config).model_type == config_class.model_type:
+                return model_class(config)
+        raise ValueError(f"`config` must be a configuration with exits. Got {type(config).__name__}.")
+
+
+__all__ = ["GamlAutoConfig", "GamlAutoModelForSequenceClassification"]
