@@ -130,24 +130,30 @@ def make_workloads(options: argparse.Namespace) -> list[Workload]:
 # ---------------------------------------------------------------------------------------------------------- systems
 
 
+def embed(model: GamlBertForSequenceClassification, input_ids: Tensor) -> Tensor:
+    others = dict.fromkeys(("inputs_embeds", "token_type_ids", "position_ids", "attention_mask"))
+    return model._embed(input_ids=input_ids, **others)
+
+
 def stock_loop(model: GamlBertForSequenceClassification, workload: Workload) -> None:
     """As the peers do it: one row at a time, through the stock layers, a decision after each."""
     for batch, exits in zip(workload.batches, workload.exits, strict=True):
         for row, last in enumerate(exits.tolist()):
             length = int(batch["attention_mask"][row].sum())
-            hidden_states = model._embed(batch["input_ids"][row : row + 1, :length], None, None, None)
-            for m in range(1, last + 1):
-                hidden_states = model._run_layer(m, hidden_states, None)
+            hidden_states = embed(model, batch["input_ids"][row : row + 1, :length])
+            inputs = model._layer_inputs(hidden_states, None)
+            for m, layer in enumerate(model.encoder_layers[:last], start=1):
+                hidden_states = model._run_layer(layer, hidden_states, inputs)
                 model._run_exit(m, model._pool(hidden_states, None)).softmax(dim=-1).amax().item()
 
 
 def waiting(model: GamlBertForSequenceClassification, workload: Workload) -> None:
     """A batch that waits for its slowest row, padded."""
     for batch, exits in zip(workload.batches, workload.exits, strict=True):
-        hidden_states = model._embed(batch["input_ids"], None, None, None)
-        mask = model._layer_mask(hidden_states, batch["attention_mask"])
-        for m in range(1, int(exits.max()) + 1):
-            hidden_states = model._run_layer(m, hidden_states, mask)
+        hidden_states = embed(model, batch["input_ids"])
+        inputs = model._layer_inputs(hidden_states, batch["attention_mask"])
+        for m, layer in enumerate(model.encoder_layers[: int(exits.max())], start=1):
+            hidden_states = model._run_layer(layer, hidden_states, inputs)
             model._run_exit(m, model._pool(hidden_states, batch["attention_mask"])).softmax(dim=-1).amax().item()
 
 
@@ -185,11 +191,11 @@ def token_price(model: GamlBertForSequenceClassification, clock: Callable[[], fl
     """Seconds of a token in a layer, in a large batch without padding, by this model's kernels."""
     layout = Layout(torch.ones(16, 32, dtype=torch.bool), torch.device("cpu"))
     tokens = layout.pack(torch.randn(16, 32, model.config.hidden_size).to(model.dtype))
-    layer = model.bert.encoder.layer[0]
-    run_layer(layer, tokens, layout.rows)
+    layer = model.encoder_layers[0]
+    run_layer(model, layer, tokens, layout.rows)
     started = clock()
     for _ in range(3):
-        run_layer(layer, tokens, layout.rows)
+        run_layer(model, layer, tokens, layout.rows)
     return (clock() - started) / 3 / len(tokens)
 
 
@@ -330,20 +336,20 @@ def profile(models: dict[str, GamlBertForSequenceClassification], lengths: list[
     for (name, model), length in itertools.product(models.items(), lengths):
         batch = make_batch(np.array([length]))
         layout = Layout(batch["attention_mask"].bool(), torch.device("cpu"))
-        tokens = layout.pack(model._embed(batch["input_ids"], None, None, None))
-        layers = model.bert.encoder.layer
+        tokens = layout.pack(embed(model, batch["input_ids"]))
+        layers = model.encoder_layers
         middle = len(layers) // 2
 
         def run(part: str, model=model, batch=batch, layout=layout, tokens=tokens, layers=layers, middle=middle):
             if part == "embeddings":
-                model._embed(batch["input_ids"], None, None, None)
+                embed(model, batch["input_ids"])
             elif part == "exit and decision":
                 (model._run_exit(1, model._pool(tokens[None], None)).softmax(dim=-1).amax() > 0.5).item()
             elif part == "the model":
                 model(**batch, exit_policy=Budgeted(middle))
             else:  # all layers in turn: one alone would find its weights in the cache
                 for layer in layers:
-                    (run_layer if part == "whole layers" else run_cls)(layer, tokens, layout.rows)
+                    (run_layer if part == "whole layers" else run_cls)(model, layer, tokens, layout.rows)
 
         seconds: dict[str, list[float]] = defaultdict(list)
         for _ in range(rounds + 1):

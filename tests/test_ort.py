@@ -180,7 +180,7 @@ def test_int8_products_are_those_of_whole_numbers(model, tmp_path, monkeypatch, 
     x = np.random.default_rng(0).integers(200, 256, (1, rows, 32))
     x[:, :, 5], x[:, :, 17] = 0, 255  # so that the bytes are these numbers themselves
     feeds = {"hidden_states": x.astype(np.float32), "attention_mask": np.ones((1, rows), dtype=np.int32)}
-    found = runtime._segments[1].run(list(projections), feeds | {"num_queries": np.array([rows])})
+    found = runtime._segments["layer_1"].run(list(projections), feeds | {"num_queries": np.array([rows])})
     for name, product in zip(projections, found, strict=True):
         layer = getattr(attention, name)
         scale = layer.weight.detach().abs().amax(dim=1).double().numpy() / 127
@@ -257,10 +257,10 @@ def test_a_layer_behind_which_nobody_goes_on_runs_for_what_the_exit_reads(poolin
     shapes = []
     run_layer = runtime._run_layer
 
-    def spy(m, hidden_states, mask, is_last):
-        output = run_layer(m, hidden_states, mask, is_last)
-        shapes.append((m, output[0].shape[1]))
-        return output
+    def spy(m, states, mask, is_last):
+        answer = run_layer(m, states, mask, is_last)
+        shapes.append((m, states[0].shape[1]))
+        return answer
 
     runtime._run_layer = spy
     input_ids = torch.randint(model.config.vocab_size, (2, 7))
@@ -368,7 +368,7 @@ def test_errors_name_what_is_wrong(model, bert_kwargs, tmp_path):
         export_onnx(model, tmp_path / "x", precision="int4")
     with raises(ValueError, match="must be new"):
         export_onnx(model, export)
-    with raises(ValueError, match="`hidden_act` of the model must be one of .* Got `hidden_act='silu'`"):
+    with raises(ValueError, match="`hidden_act` of the model must be one of .* Got 'silu'"):
         export_onnx(make_model(bert_kwargs, hidden_act="silu"), tmp_path / "x")
     with raises(ValueError, match="must be a folder written by `gaml_hf.runtime.ort.export_onnx`"):
         cls.from_pretrained(tmp_path)

@@ -29,22 +29,29 @@ def families() -> list[tuple[type[PreTrainedConfig], type[PreTrainedModel]]]:
     ]
 
 
+def classes_of(model_type: str | None) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]] | None:
+    """The classes with exits for checkpoints of this `model_type`, plain or ours; `None` where there are none."""
+    for config_class, model_class in families():
+        if model_type in (*config_class.plain_model_types, config_class.model_type):
+            return config_class, model_class
+    return None
+
+
+def _plain_types() -> list[str]:
+    return sorted(kind for config_class, _ in families() for kind in config_class.plain_model_types)
+
+
 def _classes_for(name: Any, kwargs: Mapping[str, Any]) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
     where = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
     found, _ = PreTrainedConfig.get_config_dict(name, **{key: kwargs[key] for key in where if key in kwargs})
     if not found:
         raise OSError(f"`{name}` has no `config.json`. If a save was killed there, save again.")
-    known = {}
-    for config_class, model_class in families():
-        known |= dict.fromkeys((*config_class.plain_model_types, config_class.model_type), (config_class, model_class))
-    model_type = found.get("model_type")
-    if model_type not in known:
-        plain = sorted(kind for kind in known if not kind.startswith("gaml_"))
+    if (classes := classes_of(found.get("model_type"))) is None:
         raise ValueError(
-            f"There are exits for checkpoints of type {', '.join(plain)}. `{name}` holds a model of type "
-            f"`{model_type}`. docs/families.md says how to add one."
+            f"There are exits for checkpoints of type {', '.join(_plain_types())}. `{name}` holds a model of type "
+            f"`{found.get('model_type')}`. docs/families.md says how to add one."
         )
-    return known[model_type]
+    return classes
 
 
 class GamlAutoConfig:
@@ -60,6 +67,15 @@ class GamlAutoConfig:
         """
         config_class, _ = _classes_for(pretrained_model_name_or_path, kwargs)
         return config_class.from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def for_model(cls, model_type: str, **fields: Any) -> PreTrainedConfig:
+        """A configuration with exits of this `model_type`, plain (`"roberta"`) or ours."""
+        if (classes := classes_of(model_type)) is None:
+            raise ValueError(
+                f"There are no exits for models of type `{model_type}`, but for {', '.join(_plain_types())}."
+            )
+        return classes[0](**fields)
 
 
 class GamlAutoModelForSequenceClassification:
@@ -82,10 +98,10 @@ class GamlAutoModelForSequenceClassification:
     @classmethod
     def from_config(cls, config: PreTrainedConfig) -> PreTrainedModel:
         """A model with random weights."""
-        for config_class, model_class in families():
-            if type(config).model_type == config_class.model_type:
-                return model_class(config)
-        raise ValueError(f"`config` must be a configuration with exits. Got {type(config).__name__}.")
+        if not hasattr(config, "exit_layers"):
+            raise ValueError(f"`config` must be a configuration with exits. Got {type(config).__name__}.")
+        _, model_class = classes_of(type(config).model_type)
+        return model_class(config)
 
 
 __all__ = ["GamlAutoConfig", "GamlAutoModelForSequenceClassification"]

@@ -156,6 +156,16 @@ class GamlConfigMixin:
         return f"{self._family().removesuffix('Config')}ForSequenceClassification" in (self.architectures or [])
 
     @property
+    def layer_of_depth(self) -> list[int]:
+        """For each depth, from 1, the first at which its layer runs: another one where layers share their weights."""
+        return list(range(1, self.num_hidden_layers + 1))
+
+    @property
+    def shares_layers(self) -> bool:
+        """Whether one layer runs at several depths."""
+        return len(set(self.layer_of_depth)) < self.num_hidden_layers
+
+    @property
     def max_input_length(self) -> int:
         """The most tokens that the encoder can read."""
         return self.max_position_embeddings

@@ -77,7 +77,9 @@ class GamlSequenceClassifierOutput(ModelOutput):
 class EmbeddingParts(NamedTuple):
     """
     The parts of embeddings of BERT's kind: words, positions and token types are added, normalized, and projected to
-    the layers' size. `first_position` is the row of `position` that the first token has.
+    the layers' size. `first_position` is the row of `position` that the first token has. `distance_bias`
+    `(num_heads, 2 * max_input_length - 1)` is what attention adds to its scores by distance, from the farthest key
+    before a query to the farthest behind it.
     """
 
     word: nn.Embedding
@@ -86,6 +88,7 @@ class EmbeddingParts(NamedTuple):
     token_type: nn.Embedding | None = None
     first_position: int = 0
     projection: nn.Linear | None = None
+    distance_bias: Tensor | None = None
 
 
 class ExitsMixin(EncoderHooks):
@@ -254,7 +257,9 @@ class ExitsMixin(EncoderHooks):
             )
             return GamlSequenceClassifierOutput(logits=logits, exit_layer=exit_layer)
 
-        exit_logits, exit_states = self._run_all_exits(hidden_states, attention_mask)
+        # Of a family whose stock model records them, they are taken from there.
+        seen = [] if output_hidden_states and not type(self)._can_record_outputs else None
+        exit_logits, exit_states = self._run_all_exits(hidden_states, attention_mask, seen=seen)
         if self.training:
             logits, exit_layer = exit_logits[:, -1], None
             if labels is None and not output_exit_logits and not torch.compiler.is_compiling():
@@ -281,6 +286,7 @@ class ExitsMixin(EncoderHooks):
             exit_states=torch.stack(exit_states, dim=1).detach() if output_exit_states else None,
             ce_loss=ce_loss,
             kd_loss=kd_loss,
+            hidden_states=None if seen is None else tuple(seen),
         )
 
     @property
@@ -418,17 +424,26 @@ class ExitsMixin(EncoderHooks):
         return self._classify(m, self._transform(m, pooled))
 
     def _run_all_exits(
-        self, hidden_states: Tensor, attention_mask: Tensor | None, exit_layers: list[int] | None = None
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        exit_layers: list[int] | None = None,
+        seen: list[Tensor] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """
         Of all exits, or of those after `exit_layers` and no layer above: the logits `(batch_size, num_exits,
-        num_labels)`, and the states that were scaled for them, `(batch_size, hidden_size)` each.
+        num_labels)`, and the states that were scaled for them, `(batch_size, hidden_size)` each. `seen` is given the
+        hidden states of every layer.
         """
         exit_layers = exit_layers or self.config.exit_layers
         inputs = self._layer_inputs(hidden_states, attention_mask)
         exit_logits, exit_states = [], []
+        if seen is not None:
+            seen.append(hidden_states)
         for m, layer in enumerate(self.encoder_layers[: exit_layers[-1]], start=1):
             hidden_states = self._run_layer(layer, hidden_states, inputs)
+            if seen is not None:
+                seen.append(hidden_states)
             if m in exit_layers:
                 exit_states.append(self._transform(m, self._pool(hidden_states, attention_mask)))
                 exit_logits.append(self._classify(m, exit_states[-1]))

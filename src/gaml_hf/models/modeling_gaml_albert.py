@@ -6,7 +6,7 @@ memory, all depths are one group of gradient alignment with `ga_granularity="lay
 layer is all of them.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
@@ -27,6 +27,21 @@ class GamlAlbertConfig(GamlConfigMixin, AlbertConfig):
     @property
     def exit_dropout(self) -> float:
         return self.classifier_dropout_prob
+
+    @property
+    def layer_of_depth(self) -> list[int]:
+        group = [int(i / (self.num_hidden_layers / self.num_hidden_groups)) for i in range(self.num_hidden_layers)]
+        return [group.index(number) + 1 for number in group]
+
+    def truncated(self, num_hidden_layers: int) -> dict[str, Any]:
+        kept = self.layer_of_depth[:num_hidden_layers]
+        changes = super().truncated(num_hidden_layers) | {"num_hidden_groups": len(set(kept))}
+        if type(self)(**changes).layer_of_depth != kept:  # the groups of a config are of one size
+            raise ValueError(
+                f"ALBERT with {self.num_hidden_groups} groups cannot be cut to {num_hidden_layers} layers: a config "
+                "has groups of one size. Cut it where a group ends, or within the first."
+            )
+        return changes
 
     def validate_layers(self):
         if self.inner_group_num != 1:
@@ -49,8 +64,9 @@ class GamlAlbertForSequenceClassification(ExitsMixin, AlbertPreTrainedModel):
 
     @property
     def encoder_layers(self) -> list[nn.Module]:
-        groups, depth = self.albert.encoder.albert_layer_groups, self.config.num_hidden_layers
-        return [groups[int(i / (depth / len(groups)))].albert_layers[0] for i in range(depth)]
+        first = list(dict.fromkeys(self.config.layer_of_depth))  # depth of each group
+        groups = self.albert.encoder.albert_layer_groups
+        return [groups[first.index(m)].albert_layers[0] for m in self.config.layer_of_depth]
 
     def _embed(self, **inputs: Tensor | None) -> Tensor:
         return self.albert.encoder.embedding_hidden_mapping_in(super()._embed(**inputs))

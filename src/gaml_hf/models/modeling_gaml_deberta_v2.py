@@ -11,7 +11,7 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import DebertaV2Config, DebertaV2Model, DebertaV2PreTrainedModel
-from transformers.models.deberta_v2.modeling_deberta_v2 import DebertaV2Layer, build_relative_position
+from transformers.models.deberta_v2.modeling_deberta_v2 import build_relative_position
 
 from .configuration_gaml import GamlConfigMixin
 from .engine_gaml import Rows, add_mask
@@ -24,6 +24,10 @@ class GamlDebertaV2Config(GamlConfigMixin, DebertaV2Config):
 
     model_type = "gaml_deberta_v2"
     plain_model_types: ClassVar[tuple[str, ...]] = ("deberta-v2",)
+
+    @property
+    def num_token_types(self) -> int:
+        return self.type_vocab_size or 2  # DeBERTa-v3's tokenizer numbers the texts of a pair, and nothing reads it
 
     def validate_layers(self):
         if not self.relative_attention or getattr(self, "conv_kernel_size", 0):
@@ -54,7 +58,6 @@ class GamlDebertaV2ForSequenceClassification(ExitsMixin, DebertaV2PreTrainedMode
 
     config_class = GamlDebertaV2Config
     _no_split_modules = ["DebertaV2Embeddings", "DebertaV2Layer"]
-    _can_record_outputs = {"hidden_states": DebertaV2Layer}
     layer_parts = embedding_parts = None  # no export to ONNX: its attention is not BERT's
 
     def __init__(self, config: GamlDebertaV2Config):

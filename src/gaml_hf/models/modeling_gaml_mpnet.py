@@ -2,10 +2,10 @@
 
 from typing import Any, ClassVar
 
+import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import MPNetConfig, MPNetModel, MPNetPreTrainedModel
-from transformers.models.mpnet.modeling_mpnet import MPNetLayer
 
 from .configuration_gaml import GamlConfigMixin
 from .engine_gaml import LayerParts, Rows, add_mask
@@ -30,7 +30,6 @@ class GamlMPNetForSequenceClassification(ExitsMixin, MPNetPreTrainedModel):
 
     config_class = GamlMPNetConfig
     _no_split_modules = ["MPNetEmbeddings", "MPNetLayer"]
-    _can_record_outputs = {"hidden_states": MPNetLayer}
 
     def __init__(self, config: GamlMPNetConfig):
         super().__init__(config)
@@ -68,8 +67,12 @@ class GamlMPNetForSequenceClassification(ExitsMixin, MPNetPreTrainedModel):
         )
 
     def embedding_parts(self) -> EmbeddingParts:
-        part = self.mpnet.embeddings
-        return EmbeddingParts(part.word_embeddings, part.position_embeddings, part.LayerNorm, first_position=2)
+        part, encoder, longest = self.mpnet.embeddings, self.mpnet.encoder, self.config.max_input_length
+        distance = torch.arange(1 - longest, longest, device=self.device)  # of a key behind its query
+        bias = encoder.relative_attention_bias(encoder.relative_position_bucket(distance))
+        return EmbeddingParts(
+            part.word_embeddings, part.position_embeddings, part.LayerNorm, first_position=2, distance_bias=bias.T
+        )
 
 
 __all__ = ["GamlMPNetConfig", "GamlMPNetForSequenceClassification"]

@@ -231,12 +231,11 @@ class GamlTextClassificationPipeline(TextClassificationPipeline):
         encoding, truncated = self._tokenize(texts, max_length=max_length, **tokenizer_kwargs)
         # Here and not in the model, where one such row would cost the batch, and on a GPU the process.
         config = self.model.config
-        for name, size in (("input_ids", "vocab_size"), ("token_type_ids", "type_vocab_size")):
-            bound = getattr(config, size)
+        for name, bound in (("input_ids", config.vocab_size), ("token_type_ids", config.num_token_types)):
             if name in encoding and (largest := int(encoding[name].max())) >= bound:
                 raise ValueError(
-                    f"the tokenizer made `{name}` up to {largest}, and the model knows 0 to {bound - 1} (`{size}`). "
-                    "Is it the tokenizer that the model was trained with?"
+                    f"the tokenizer made `{name}` up to {largest}, and the model knows 0 to {bound - 1}. Is it the "
+                    "tokenizer that the model was trained with?"
                 )
         length = int(encoding["attention_mask"].sum())
         if length > max_length:

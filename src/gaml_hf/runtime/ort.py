@@ -37,8 +37,9 @@ UNSIGNED_WEIGHTS = "session.x64quantprecision"
 
 
 def segment_files(config: GamlConfigMixin) -> list[str]:
-    """Names of an export's graphs, in the order in which they run."""
-    return ["embeddings.onnx", *(f"layer_{m}.onnx" for m in range(1, config.num_hidden_layers + 1))]
+    """Names of an export's graphs: embeddings, layers, and exits where they are not in the graph of their layer."""
+    exits = [f"exit_{m}.onnx" for m in config.exit_layers] if config.shares_layers else []
+    return ["embeddings.onnx", *(f"layer_{m}.onnx" for m in dict.fromkeys(config.layer_of_depth)), *exits]
 
 
 # Export
@@ -52,7 +53,8 @@ def export_onnx(
     tokenizer: Any = None,
 ) -> Path:
     """
-    Write a model as ONNX segments: the embeddings, and each layer with its exit.
+    Write a model as ONNX segments: the embeddings, and each layer with its exit. Of ALBERT, whose layers share their
+    weights, the one layer (or one per group), and each exit on its own.
 
     With `"int8"` the matrices of the layers become 8-bit integers, one scale per output channel, and activations are
     quantized as they come (dynamic quantization). Embeddings, LayerNorm, softmax and the exits stay in fp32. The same
@@ -68,24 +70,35 @@ def export_onnx(
         `Path`: the folder, for [`GamlOrtModelForSequenceClassification.from_pretrained`].
 
     Raises:
-        ValueError: the folder exists, or `precision` or the model's activation is not one of those known.
+        ValueError: the folder exists, or `precision`, the model's family or its activation is not one of those known.
         ImportError: the packages `onnx` and `onnxruntime` are not installed.
     """
     onnx, _ = _import_onnx()
     folder = Path(folder)
     if precision not in ("fp32", "int8"):
         raise ValueError(f"`precision` must be 'fp32' or 'int8'. Got `precision={precision!r}`.")
-    if model.config.hidden_act not in ACTIVATIONS:
+    if model.layer_parts is None:
+        raise ValueError(
+            f"{type(model).__name__} cannot be exported: its layers are not built of BERT's parts. Run it in PyTorch, "
+            "with `prepack()` on a CPU."
+        )
+    if _activation(model.config) not in ACTIVATIONS:
         raise ValueError(
             f"`hidden_act` of the model must be one of {sorted(ACTIVATIONS)} to be exported. "
-            f"Got `hidden_act={model.config.hidden_act!r}`."
+            f"Got {_activation(model.config)!r}."
         )
     with _new_folder(folder) as stage:
         model.config.to_json_file(stage / "config.json")
         if tokenizer is not None:
             save_tokenizer(tokenizer, stage)
-        for m, name in enumerate(segment_files(model.config)):
-            graph = _layer_graph(model, m, precision) if m else _embeddings_graph(model)
+        for name in segment_files(model.config):
+            kind, _, depth = Path(name).stem.partition("_")
+            if kind == "embeddings":
+                graph = _embeddings_graph(model)
+            elif kind == "layer":
+                graph = _layer_graph(model, int(depth), precision)
+            else:
+                graph = _exit_graph(model, int(depth))
             segment = _to_model(graph)
             onnx.helper.set_model_props(segment, {"precision": precision})
             onnx.save(segment, stage / name)
@@ -151,118 +164,151 @@ class _Graph:
         return onnx.helper.make_graph(self.nodes, name, info(inputs), info(outputs), self.weights)
 
 
+def _activation(config: GamlConfigMixin) -> str:
+    return getattr(config, "hidden_act", None) or config.activation  # DistilBERT's name for it
+
+
+def _has_bias(model: ExitsMixin) -> bool:
+    return model.embedding_parts().distance_bias is not None
+
+
 def _embeddings_graph(model: ExitsMixin) -> Any:
+    """Hidden states of the tokens, and, where attention has a bias by distance, that of all layers at this length."""
     import onnx
 
-    part, graph = model.bert.embeddings, _Graph()
-    word = graph.node("Gather", [graph.weight("word_embeddings", part.word_embeddings.weight), "input_ids"], "word")
-    token_type = graph.node(
-        "Gather",
-        [graph.weight("token_type_embeddings", part.token_type_embeddings.weight), "token_type_ids"],
-        "token_type",
-    )
-    shape = graph.node("Shape", ["input_ids"], "length", start=1, end=2)  # (1,)
-    position = graph.node(
-        "Slice",
-        [
-            graph.weight("position_embeddings", part.position_embeddings.weight),
-            graph.weight("zero", np.array([0])),
-            shape,
-        ],
-        "position",
-    )  # (sequence_length, hidden_size)
-    total = graph.node("Add", [graph.node("Add", [word, token_type], "word_and_type"), position], "sum")
-    graph.node(
-        "LayerNormalization",
-        [
-            total,
-            graph.weight("norm.weight", part.LayerNorm.weight),
-            graph.weight("norm.bias", part.LayerNorm.bias),
-        ],
-        "hidden_states",
-        epsilon=part.LayerNorm.eps,
-    )
+    parts, graph = model.embedding_parts(), _Graph()
+    start = graph.weight("first_position", np.array([parts.first_position]))
+    total = graph.node("Gather", [graph.weight("word_embeddings", parts.word.weight), "input_ids"], "word")
+    inputs = ["input_ids"]
+    if parts.token_type is not None:
+        inputs.append("token_type_ids")
+        table = graph.weight("token_type_embeddings", parts.token_type.weight)
+        token_type = graph.node("Gather", [table, "token_type_ids"], "token_type")
+        total = graph.node("Add", [total, token_type], "word_and_type")
+    length = graph.node("Shape", ["input_ids"], "length", start=1, end=2)  # (1,)
+    end = graph.node("Add", [length, start], "last_position")
+    table = graph.weight("position_embeddings", parts.position.weight)
+    position = graph.node("Slice", [table, start, end], "position")  # (sequence_length, embedding_size)
+    total = graph.node("Add", [total, position], "sum")
+    norm = [graph.weight("norm.weight", parts.norm.weight), graph.weight("norm.bias", parts.norm.bias)]
+    last = "hidden_states" if parts.projection is None else "normalized"
+    graph.node("LayerNormalization", [total, *norm], last, epsilon=parts.norm.eps)
+    if parts.projection is not None:
+        graph.linear("hidden_states", parts.projection, last)
+    outputs = {"hidden_states": ["batch_size", "length", model.config.hidden_size]}
+    if parts.distance_bias is not None:  # (num_heads, 2 * longest - 1), by the key's place less the query's
+        num_heads, num_distances = parts.distance_bias.shape
+        scalars = {"zero": 0, "step": 1, "middle": num_distances // 2}
+        for name, value in scalars.items():
+            graph.weight(name, np.array(value))
+        place = graph.node("Range", ["zero", graph.node("Squeeze", [length], "count"), "step"], "place")
+        row = graph.node("Unsqueeze", [place, graph.weight("axis_0", np.array([0]))], "key_place")
+        column = graph.node("Unsqueeze", [place, graph.weight("axis_1", np.array([1]))], "query_place")
+        distance = graph.node("Add", [graph.node("Sub", [row, column], "distance"), "middle"], "number")
+        table = graph.weight("distance_bias", parts.distance_bias)
+        bias = graph.node("Gather", [table, distance], "bias_by_head", axis=1)  # (num_heads, length, length)
+        graph.node("Unsqueeze", [bias, "axis_0"], "attention_bias")
+        outputs["attention_bias"] = [1, num_heads, "length", "length"]
     ids = (onnx.TensorProto.INT64, ["batch_size", "length"])
-    return graph.build(
-        "embeddings",
-        {"input_ids": ids, "token_type_ids": ids},
-        {"hidden_states": ["batch_size", "length", model.config.hidden_size]},
-    )
+    return graph.build("embeddings", dict.fromkeys(inputs, ids), outputs)
 
 
 def _layer_graph(model: ExitsMixin, m: int, precision: str) -> Any:
     """
-    Layer m and, if it has one, its exit.
+    Layer m and, if it has one and layers do not share their weights, its exit.
 
     `num_queries` says for how many tokens, from the left, the layer is computed: all of them, or 1 where only [CLS] is
     needed any more. Keys and values are of all tokens in any case.
     """
     import onnx
 
-    config, layer, graph = model.config, model.bert.encoder.layer[m - 1], _Graph(precision)
-    attention, size = layer.attention.self, config.hidden_size
+    config, graph = model.config, _Graph(precision)
+    parts, size = model.layer_parts(model.encoder_layers[m - 1]), model.config.hidden_size
+    from_the_left = [graph.weight("zero", np.array([0])), "num_queries"]
     queried = graph.node(
-        "Slice",
-        ["hidden_states", graph.weight("zero", np.array([0])), "num_queries", graph.weight("one", np.array([1]))],
-        "queried",
+        "Slice", ["hidden_states", *from_the_left, graph.weight("one", np.array([1]))], "queried"
     )  # (batch_size, num_queries, hidden_size)
+    inputs = {
+        "hidden_states": (onnx.TensorProto.FLOAT, ["batch_size", "length", size]),
+        "attention_mask": (onnx.TensorProto.INT32, ["batch_size", "length"]),
+        "num_queries": (onnx.TensorProto.INT64, [1]),
+    }
+    attention = [
+        graph.linear("query", parts.query, queried),
+        graph.linear("key", parts.key, "hidden_states"),
+        graph.linear("value", parts.value, "hidden_states"),
+        "",
+        "attention_mask",
+    ]
+    if _has_bias(model):
+        inputs["attention_bias"] = (onnx.TensorProto.FLOAT, [1, config.num_attention_heads, "length", "length"])
+        axis = graph.weight("two", np.array([2]))
+        attention.append(graph.node("Slice", ["attention_bias", *from_the_left, axis], "bias_of_queries"))
     context = graph.node(
         "MultiHeadAttention",
-        [
-            graph.linear("query", attention.query, queried),
-            graph.linear("key", attention.key, "hidden_states"),
-            graph.linear("value", attention.value, "hidden_states"),
-            "",
-            "attention_mask",
-        ],
+        attention,
         "context",
         num_heads=config.num_attention_heads,
         mask_filter_value=float(torch.finfo(torch.float32).min),
     )
 
-    def add_and_norm(name: str, part: Any, x: str, residual: str) -> str:
-        product = graph.linear(f"{name}.product", part.dense, x, bias=False)
-        norm = [
-            graph.weight(f"{name}.norm.weight", part.LayerNorm.weight),
-            graph.weight(f"{name}.norm.bias", part.LayerNorm.bias),
-            graph.weight(f"{name}.bias", part.dense.bias),
+    def add_and_norm(name: str, linear: Any, norm: Any, x: str, residual: str) -> str:
+        product = graph.linear(f"{name}.product", linear, x, bias=False)
+        weights = [
+            graph.weight(f"{name}.norm.weight", norm.weight),
+            graph.weight(f"{name}.norm.bias", norm.bias),
+            graph.weight(f"{name}.bias", linear.bias),
         ]
-        return graph.node("SkipLayerNormalization", [product, residual, *norm], name, epsilon=part.LayerNorm.eps)
+        return graph.node("SkipLayerNormalization", [product, residual, *weights], name, epsilon=norm.eps)
 
-    attended = add_and_norm("attended", layer.attention.output, context, queried)
-    inner = graph.linear("inner", layer.intermediate.dense, attended)
-    inner = graph.node(ACTIVATIONS[config.hidden_act], [inner], "activated")
-    output = add_and_norm("output", layer.output, inner, attended)
+    attended = add_and_norm("attended", parts.attention_output, parts.attention_norm, context, queried)
+    inner = graph.linear("inner", parts.intermediate, attended)
+    inner = graph.node(ACTIVATIONS[_activation(config)], [inner], "activated")
+    output = add_and_norm("output", parts.output, parts.output_norm, inner, attended)
     outputs = {output: ["batch_size", "num_queries_run", size]}
-    if m in config.exit_layers:
-        # In fp32 at either precision. A shared pooler is in every layer's graph, for a session holds its own weights.
-        if config.exit_pooling == "cls":
-            state = graph.node("Gather", [output, graph.weight("first", np.array(0))], "cls", axis=1)
-        else:  # the mask, divided by its sum, times the tokens
-            mask = graph.node("Cast", ["attention_mask"], "mask", to=onnx.TensorProto.FLOAT)
-            count = graph.node("ReduceSum", [mask, graph.weight("last", np.array([1]))], "count", keepdims=1)
-            share = graph.node("Unsqueeze", [graph.node("Div", [mask, count], "share"), "last"], "shares")
-            state = graph.node("Squeeze", [graph.node("MatMul", [share, output], "means"), "last"], "mean")
-        if config.exit_pooler != "none":
-            pooler = (model.bert.pooler if config.exit_pooler == "shared" else model.exit_poolers[str(m)]).dense
-            pooler_weights = [graph.weight("pooler.weight", pooler.weight), graph.weight("pooler.bias", pooler.bias)]
-            state = graph.node("Tanh", [graph.node("Gemm", [state, *pooler_weights], "pooler", transB=1)], "pooled")
-        if config.exit_norm == "layer":
-            ones = graph.weight("exit_norm.weight", np.ones(size, dtype=np.float32))
-            state = graph.node("LayerNormalization", [state, ones], "scaled", epsilon=1e-5)
-        exit_ = model.exit_classifiers[str(m)]
-        exit_weights = [graph.weight("exit.weight", exit_.weight), graph.weight("exit.bias", exit_.bias)]
-        graph.node("Gemm", [state, *exit_weights], "exit_logits", transB=1)
+    if m in config.exit_layers and not config.shares_layers:
+        _add_exit(graph, model, m, output)
         outputs["exit_logits"] = ["batch_size", config.num_labels]
-    return graph.build(
-        f"layer_{m}",
-        {
-            "hidden_states": (onnx.TensorProto.FLOAT, ["batch_size", "length", size]),
-            "attention_mask": (onnx.TensorProto.INT32, ["batch_size", "length"]),
-            "num_queries": (onnx.TensorProto.INT64, [1]),
-        },
-        outputs,
-    )
+    return graph.build(f"layer_{m}", inputs, outputs)
+
+
+def _exit_graph(model: ExitsMixin, m: int) -> Any:
+    """Exit m alone."""
+    import onnx
+
+    graph = _Graph()
+    _add_exit(graph, model, m, "hidden_states")
+    inputs = {"hidden_states": (onnx.TensorProto.FLOAT, ["batch_size", "num_queries", model.config.hidden_size])}
+    if model.config.exit_pooling == "mean":
+        inputs["attention_mask"] = (onnx.TensorProto.INT32, ["batch_size", "num_queries"])
+    return graph.build(f"exit_{m}", inputs, {"exit_logits": ["batch_size", model.config.num_labels]})
+
+
+def _add_exit(graph: _Graph, model: ExitsMixin, m: int, output: str) -> None:
+    """
+    Exit m behind `output`, in fp32 at either precision. A shared pooler is in every layer's graph, for a session holds
+    its own weights.
+    """
+    import onnx
+
+    config = model.config
+    if config.exit_pooling == "cls":
+        state = graph.node("Gather", [output, graph.weight("first", np.array(0))], "cls", axis=1)
+    else:  # the mask, divided by its sum, times the tokens
+        mask = graph.node("Cast", ["attention_mask"], "mask", to=onnx.TensorProto.FLOAT)
+        count = graph.node("ReduceSum", [mask, graph.weight("last", np.array([1]))], "token_count", keepdims=1)
+        share = graph.node("Unsqueeze", [graph.node("Div", [mask, count], "share"), "last"], "shares")
+        state = graph.node("Squeeze", [graph.node("MatMul", [share, output], "means"), "last"], "mean")
+    if config.exit_pooler != "none":
+        pooler = (model.base_model.pooler if config.exit_pooler == "shared" else model.exit_poolers[str(m)]).dense
+        pooler_weights = [graph.weight("pooler.weight", pooler.weight), graph.weight("pooler.bias", pooler.bias)]
+        state = graph.node("Tanh", [graph.node("Gemm", [state, *pooler_weights], "pooler", transB=1)], "pooled")
+    if config.exit_norm == "layer":
+        ones = graph.weight("exit_norm.weight", np.ones(config.hidden_size, dtype=np.float32))
+        state = graph.node("LayerNormalization", [state, ones], "scaled", epsilon=1e-5)
+    exit_ = model.exit_classifiers[str(m)]
+    exit_weights = [graph.weight("exit.weight", exit_.weight), graph.weight("exit.bias", exit_.bias)]
+    graph.node("Gemm", [state, *exit_weights], "exit_logits", transB=1)
 
 
 # Run
@@ -352,14 +398,15 @@ class GamlOrtModelForSequenceClassification:
     def __init__(self, folder: Path, config: GamlConfigMixin, num_threads: int):
         _, onnxruntime = _import_onnx()
         self.folder, self.config, self.num_threads = folder, config, num_threads
-        self._segments, self.weight_type = [], "float32"
+        self._segments, self.weight_type = {}, "float32"
         for name in segment_files(config):
             options = _session_options(num_threads, self.weight_type)
             session = onnxruntime.InferenceSession(folder / name, options, providers=["CPUExecutionProvider"])
-            self._segments.append(session)
+            self._segments[Path(name).stem] = session
             if len(self._segments) == 1:  # the embeddings, which are float32 at either precision
                 self.precision = session.get_modelmeta().custom_metadata_map["precision"]
                 self.weight_type = "float32" if self.precision == "fp32" else exact_weight_type()
+        self._input_names = [value.name for value in self._segments["embeddings"].get_inputs()]
         logger.info(f"`{folder}` runs with weights of type {self.weight_type}.")
 
     @classmethod
@@ -459,30 +506,41 @@ class GamlOrtModelForSequenceClassification:
         output = GamlSequenceClassifierOutput(logits=logits, exit_layer=exit_layer, exit_logits=exit_logits)
         return output if return_dict else output.to_tuple()
 
-    def _embed(self, input_ids, token_type_ids, mask) -> tuple[np.ndarray, np.ndarray]:
-        """Hidden states and mask, without the columns that are padding in every row."""
+    def _embed(self, input_ids, token_type_ids, mask) -> tuple[list[np.ndarray], np.ndarray]:
+        """
+        Hidden states (and the bias of attention, where there is one) and mask, without the columns that are padding in
+        every row.
+        """
         longest = _longest(mask)
-        ids, types = (np.ascontiguousarray(x[:, :longest]) for x in (input_ids, token_type_ids))
-        (hidden_states,) = self._segments[0].run(None, {"input_ids": ids, "token_type_ids": types})
-        return hidden_states, np.ascontiguousarray(mask[:, :longest])
+        inputs = {"input_ids": input_ids, "token_type_ids": token_type_ids}
+        feeds = {name: np.ascontiguousarray(inputs[name][:, :longest]) for name in self._input_names}
+        return self._segments["embeddings"].run(None, feeds), np.ascontiguousarray(mask[:, :longest])
 
-    def _run_layer(self, m: int, hidden_states, mask, is_last: bool) -> tuple[np.ndarray, np.ndarray | None]:
-        """Hidden states behind layer m, and the logits of its exit, `(batch_size, num_labels)`, if it has one."""
-        cls_only = is_last and self.config.exit_pooling == "cls"  # which nothing else reads any more
-        num_queries = np.array([1 if cls_only else hidden_states.shape[1]])
-        feeds = {"hidden_states": hidden_states, "attention_mask": mask, "num_queries": num_queries}
-        hidden_states, *exit_logits = self._segments[m].run(None, feeds)
+    def _run_layer(self, m: int, states: list[np.ndarray], mask, is_last: bool) -> np.ndarray | None:
+        """Puts the hidden states behind layer m into `states`; logits of its exit, `(batch_size, num_labels)`."""
+        config = self.config
+        cls_only = is_last and config.exit_pooling == "cls"  # which nothing else reads any more
+        num_queries = np.array([1 if cls_only else states[0].shape[1]])
+        feeds = {"hidden_states": states[0], "attention_mask": mask, "num_queries": num_queries}
+        if len(states) > 1:
+            feeds["attention_bias"] = states[1]
+        states[0], *exit_logits = self._segments[f"layer_{config.layer_of_depth[m - 1]}"].run(None, feeds)
+        if config.shares_layers and m in config.exit_layers:
+            feeds = {"hidden_states": states[0], "attention_mask": mask}
+            if config.exit_pooling == "cls":
+                del feeds["attention_mask"]
+            exit_logits = self._segments[f"exit_{m}"].run(None, feeds)
         if not exit_logits:
-            return hidden_states, None
-        if self.config.exit_temperatures is not None:
-            exit_logits[0] /= np.float32(self.config.exit_temperatures[self.config.exit_layers.index(m)])
-        return hidden_states, exit_logits[0]
+            return None
+        if config.exit_temperatures is not None:
+            exit_logits[0] /= np.float32(config.exit_temperatures[config.exit_layers.index(m)])
+        return exit_logits[0]
 
     def _run_all_exits(self, input_ids, token_type_ids, mask, policy) -> tuple[np.ndarray, ...]:
-        hidden_states, mask = self._embed(input_ids, token_type_ids, mask)
+        states, mask = self._embed(input_ids, token_type_ids, mask)
         last, answers = self.config.num_hidden_layers, []
         for m in range(1, last + 1):
-            hidden_states, answer = self._run_layer(m, hidden_states, mask, is_last=m == last)
+            answer = self._run_layer(m, states, mask, is_last=m == last)
             if answer is not None:
                 answers.append(answer)
         exit_logits = np.stack(answers, axis=1)  # (batch_size, num_exits, num_labels)
@@ -492,7 +550,7 @@ class GamlOrtModelForSequenceClassification:
 
     def _exit_early(self, input_ids, token_type_ids, mask, policy) -> tuple[np.ndarray, np.ndarray, None]:
         config = self.config
-        hidden_states, mask = self._embed(input_ids, token_type_ids, mask)
+        states, mask = self._embed(input_ids, token_type_ids, mask)
         rows = np.arange(len(mask))  # of the batch, for the rows still there
         logits = np.empty((len(mask), config.num_labels), dtype=np.float32)
         exit_layer = np.empty(len(mask), dtype=np.int64)
@@ -501,7 +559,7 @@ class GamlOrtModelForSequenceClassification:
         if isinstance(policy, Budgeted):  # all rows leave there, which saves the decision too
             last = config.exit_layers[min(policy.num_exits, config.num_exits) - 1]
         for m in range(1, last + 1):
-            hidden_states, answer = self._run_layer(m, hidden_states, mask, is_last=m == last)
+            answer = self._run_layer(m, states, mask, is_last=m == last)
             if answer is None:
                 continue
             # Written for every row still there; a row that stays writes again at a later exit.
@@ -515,7 +573,8 @@ class GamlOrtModelForSequenceClassification:
             if not stay.all():
                 rows, mask, history = rows[stay], mask[stay], [past[stay] for past in history]
                 longest = _longest(mask)
-                hidden_states = np.ascontiguousarray(hidden_states[stay, :longest])
+                states[0] = np.ascontiguousarray(states[0][stay, :longest])
+                states[1:] = [np.ascontiguousarray(bias[:, :, :longest, :longest]) for bias in states[1:]]
                 mask = np.ascontiguousarray(mask[:, :longest])
         return logits, exit_layer, None
 
