@@ -109,3 +109,14 @@ def glue_folder() -> Path:
 def minilm_folder() -> Path:
     """A checkpoint of sentence-transformers/all-MiniLM-L6-v2: a real BERT of 6 layers."""
     return _shared_folder("models/all-MiniLM-L6-v2")
+
+
+@pytest.fixture(scope="session")
+def mpnet_folder() -> Path:
+    """
+    A checkpoint of sentence-transformers/all-mpnet-base-v2: a real MPNet of 12 layers, too large to lie beside every
+    repository. The environment variable `MPNET` names its folder.
+    """
+    if "MPNET" not in os.environ:
+        pytest.skip("needs the folder of all-mpnet-base-v2 in the environment variable MPNET")
+    return Path(os.environ["MPNET"])

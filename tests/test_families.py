@@ -13,6 +13,7 @@ import subprocess
 import sys
 
 import torch
+from datasets import Dataset as Table
 from pytest import fixture, mark, raises
 from torch.testing import assert_close
 from torch.utils.data import Dataset
@@ -21,6 +22,7 @@ from transformers import (
     AutoModel,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     BertConfig,
     GPT2Config,
     Trainer,
@@ -524,3 +526,22 @@ def test_a_stock_trainer_trains_any(make, texts, tmp_path):
     before = copy.deepcopy(model.state_dict())
     Trainer(model, arguments, train_dataset=Rows(batch)).train()
     assert any(not before[key].equal(value) for key, value in model.state_dict().items())
+
+
+@torch.no_grad()
+def test_the_embeddings_of_a_real_mpnet(mpnet_folder, glue_folder):
+    """200 sentences of SST-2: what the last exit reads, packed and in batches, is the stock sentence embedding."""
+    sentences = Table.from_parquet(str(glue_folder / "sst2" / "validation.parquet"))["sentence"][:200]
+    tokenizer = AutoTokenizer.from_pretrained(mpnet_folder)
+    plain = AutoModel.from_pretrained(mpnet_folder).eval()
+    size = plain.config.hidden_size
+    model = GamlAutoModelForSequenceClassification.from_pretrained(mpnet_folder, exit_layers=[12], num_labels=size)
+    model.eval().exit_classifiers["12"].weight.copy_(torch.eye(size))
+    model.exit_classifiers["12"].bias.zero_()
+    for start in range(0, 200, 50):
+        batch = tokenizer(list(sentences[start : start + 50]), padding=True, return_tensors="pt")
+        mask = batch["attention_mask"][..., None]
+        expected = (plain(**batch).last_hidden_state * mask).sum(dim=1) / mask.sum(dim=1)
+        found = model(**batch, exit_policy=Budgeted(12)).logits
+        expected, found = (torch.nn.functional.normalize(x) for x in (expected, found))
+        assert_close(found, expected, rtol=0, atol=1e-5)
