@@ -312,6 +312,8 @@ class GamlTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         do_eval = self.do_eval  # which the parent sets to True, for rows are scored during training; ours are held out
+        if not torch.accelerator.is_available():  # else the parent refuses bf16, and torch warns of pinned memory
+            self.use_cpu, self.dataloader_pin_memory = True, False
         super().__post_init__()
         self.do_eval = do_eval
 
@@ -516,7 +518,7 @@ def main(argv: list[str] | None = None) -> dict:
     }
     logger.info("Text is read from %s.", " and ".join(f"column {column!r}" for column in columns))
     for split in labels:
-        counts = ", ".join(f"{name} {count}" for name, count in class_counts(labels[split], label_names).items())
+        counts = ", ".join(f"{name!r} {count}" for name, count in class_counts(labels[split], label_names).items())
         logger.info("%s: %d rows; classes: %s", split, len(rows[split]), counts)
     settle_reading(tokenizer, config, data_args)
 

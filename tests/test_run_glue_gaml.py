@@ -809,7 +809,7 @@ def test_columns_and_classes_are_told(common, tmp_path, caplog, capsys):
     assert run["columns"] == {"text": ["sentence"], "label": "label"}
     counts = {name: sum(row["label"] == name for row in rows) for name in ("Positive ", "negative", "positive")}
     assert run["classes"] == {"train": counts, "validation": counts}
-    told = ", ".join(f"{name} {count}" for name, count in counts.items())
+    told = ", ".join(f"{name!r} {count}" for name, count in counts.items())
     assert f"train: 40 rows; classes: {told}" in caplog.text
     assert "Text is read from column 'sentence'." in caplog.text
     assert "The classes ['Positive ', 'positive'] differ by case or blanks alone" in caplog.text

@@ -486,6 +486,20 @@ def test_lora(tmp_path, bert, mode, exit_pooler):
     assert_close(logits_of(loaded), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_exits_of_an_adapter_are_not_started_again(tmp_path, bert):
+    """Of an adapter that is trained on, its own exits go on: a warm start would throw away what they had learned."""
+    base = from_bert(bert, ga_mode="none")
+    model = get_peft_model(base, LoraConfig(**LORA, modules_to_save=base.exit_modules))
+    make_trainer(tmp_path / "out", model, save_strategy="steps", save_steps=3).train()
+    again = PeftModel.from_pretrained(
+        from_bert(bert, ga_mode="none"), tmp_path / "out" / "checkpoint-3", is_trainable=True
+    )
+    before = weights_of(again)
+    make_trainer(tmp_path / "again", again, learning_rate=1e-9, max_steps=1).train()
+    moved = {name: (weight - before[name]).abs().max() for name, weight in weights_of(again).items()}
+    assert max(moved.values()) < 1e-6
+
+
 FROZEN = {
     "by the book": lambda model: get_peft_model(model, LoraConfig(**LORA)),
     "adapters on random exits": lambda model: get_peft_model(

@@ -211,7 +211,7 @@ def find_text_columns(rows: RowFile | Dataset, label_column: str) -> list[str]:
             "`text_columns` is not given, and two columns seem to hold text: each row is taken to be a PAIR of %r "
             "(%s) and %r (%s). If only one of them is what a text to classify has, name it: `--text_columns %s`.",
             *(word for name in columns for word in (name, shown(found[name][0]))),
-            columns[0],
+            max(columns, key=lambda name: sum(map(len, found[name])) / len(found[name])),
         )
     return columns
 

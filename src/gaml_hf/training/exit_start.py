@@ -101,10 +101,16 @@ def warm_start(model: nn.Module, states: Tensor, labels: Tensor, exit_layers: It
 
 
 def exit_parameters(model: nn.Module) -> dict[tuple[int, str], nn.Parameter]:
-    """Of the linear exits that are trained, by layer and name; a wrapper such as PEFT's may have copied them."""
-    found = {}
-    for name, parameter in model.named_parameters():
-        match = re.search(r"(?:^|\.)exit_classifiers\.(\d+)\.(?:modules_to_save\.\w+\.)?(weight|bias)$", name)
-        if match and parameter.requires_grad:
-            found[int(match[1]), match[2]] = parameter
+    """
+    Of the linear exits that are trained, by layer and name. PEFT keeps each as it was beside its copy: a copy that no
+    longer is the same comes from an adapter, was trained already, and is left out.
+    """
+    found, everything = {}, dict(model.named_parameters())
+    for name, parameter in everything.items():
+        match = re.search(r"(?:^|\.)exit_classifiers\.(\d+)\.(modules_to_save\.\w+\.)?(weight|bias)$", name)
+        if not match or not parameter.requires_grad:
+            continue
+        if match[2] and not torch.equal(parameter, everything[name.replace(match[2], "original_module.")]):
+            continue
+        found[int(match[1]), match[3]] = parameter
     return found
