@@ -434,9 +434,47 @@ def policy_line(name: str, point: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    model_args, data_args, gaml_args, training_args = parse_arguments(sys.argv[1:] if argv is None else argv)
-    output_dir = Path(training_args.output_dir)
+    started = time.time()
+    argv = sys.argv[1:] if argv is None else argv
+    model_args, data_args, gaml_args, training_args = parse_arguments(argv)
+    set_up(training_args)
+    old_checkpoints, resume = what_to_resume(training_args)
+    if gaml_args.exit_strategy is None and training_args.do_train:
+        gaml_args.exit_strategy = "patience"  # the paper's (Sec. 6.5)
+    load_config(model_args, gaml_args, class_weights=None)  # before any row is read; the classes are not known yet
 
+    data = read_data(model_args, data_args, training_args)
+    model, tokenizer = load_model(model_args, gaml_args, data.label_names, data.task)
+    encode(data, model.config, tokenizer, data_args, training_args)
+    train_rows, holdout_rows = set_aside(data, data_args, gaml_args, training_args)
+    score, main_metric = make_score(data, model.config, data_args)
+    trainer = make_trainer(model, tokenizer, train_rows, holdout_rows, score, main_metric, gaml_args, training_args)
+    run = describe(argv, data, tokenizer, train_rows, holdout_rows, model_args, data_args, training_args)
+
+    if training_args.do_train:
+        if training_args.overwrite_output_dir and not resume and trainer.is_world_process_zero():
+            for checkpoint in old_checkpoints:  # or a resume could take one of the old run
+                shutil.rmtree(checkpoint)
+        run |= train(trainer, resume)
+    is_chosen = holdout_rows is not None and (gaml_args.policy_is_open or gaml_args.calibrate_exits)
+    if is_chosen:
+        run |= choose_policy(trainer, holdout_rows, score, main_metric, gaml_args)
+    run["config"] = model.config.to_dict()
+    tables = []
+    if training_args.do_eval:
+        run["evaluation"], tables = evaluate_splits(trainer, data, run, score, main_metric, data_args, gaml_args)
+    run["seconds"] = time.time() - started
+    if training_args.do_predict:
+        predict(trainer, data, data_args.max_predict_samples)
+    if trainer.is_world_process_zero():
+        leave(trainer, tokenizer, run, card_values(run, data_args, model_args, main_metric), is_chosen)
+        print("\n".join(tables))
+        print(f"Everything is in {training_args.output_dir.rstrip(os.sep)}{os.sep}")
+    return run
+
+
+def set_up(training_args: GamlTrainingArguments) -> None:
+    """Log, seed, and a word where bfloat16 will crawl."""
     logging.basicConfig(
         format="%(asctime)s - %(levelname)s - %(name)s - %(message)s",
         datefmt="%m/%d/%Y %H:%M:%S",
@@ -452,6 +490,10 @@ def main(argv: list[str] | None = None) -> dict:
     if wants_bf16 and training_args.device.type == "cpu" and (cost := bfloat16_cost()) > 1:
         logger.warning(f"`bf16` will crawl: products take {cost:.1f} times as long as in float32 on this processor.")
 
+
+def what_to_resume(training_args: GamlTrainingArguments) -> tuple[list[Path], str | bool | None]:
+    """The training checkpoints in `output_dir`, and what the Trainer is to go on from: a folder, or `True`."""
+    output_dir = Path(training_args.output_dir)
     checkpoints = list(training_checkpoints(output_dir).values())
     resume = training_args.resume_from_checkpoint
     if resume in ("True", "true"):
@@ -463,11 +505,47 @@ def main(argv: list[str] | None = None) -> dict:
             f"`output_dir` already holds a training run, up to `{checkpoints[0]}`. Go on with it by "
             "`--resume_from_checkpoint True`, or start anew with `--overwrite_output_dir`."
         )
+    return checkpoints, resume
 
-    # Data
-    if gaml_args.exit_strategy is None and training_args.do_train:
-        gaml_args.exit_strategy = "patience"  # the paper's (Sec. 6.5)
-    load_config(model_args, gaml_args, class_weights=None)  # before any row is read; the classes are not known yet
+
+# Rows
+
+
+@dataclass
+class Data:
+    """
+    The splits that are needed.
+
+    Attributes:
+        task ([`GlueTask`], *optional*): where one is named.
+        eval_splits, test_splits (`list[str]`): names of those to score and to predict.
+        columns (`list[str]`): the one or two columns of text.
+        rows (`DatasetDict`): texts of each split; tokens and `labels` once they are encoded.
+        names (`dict`): of each split, the class of each row as the data calls it, or `None` without labels.
+        label_names (`list[str]`, *optional*): classes in the order of the logits; the model's once it is there.
+        classes (`dict[str, int]`): the class number of each name that a class may have in the data.
+        labels (`dict[str, list[int]]`): of each split with labels, the class of each row.
+        positive_label (`str`, *optional*): the class whose F1 is a score.
+    """
+
+    task: GlueTask | None
+    eval_splits: list[str]
+    test_splits: list[str]
+    columns: list[str]
+    rows: DatasetDict
+    names: dict[str, list[str] | None]
+    label_names: list[str] | None
+    classes: dict[str, int] = field(default_factory=dict)
+    labels: dict[str, list[int]] = field(default_factory=dict)
+    positive_label: str | None = None
+
+    def class_counts(self) -> dict[str, dict[str, int]]:
+        """Of each split with labels, how many rows each class has."""
+        return {split: class_counts(labels, self.label_names) for split, labels in self.labels.items()}
+
+
+def read_data(model_args: ModelArguments, data_args: DataTrainingArguments, training_args: TrainingArguments) -> Data:
+    """Texts and class names, checked row by row, and the classes that there are."""
     sources = open_splits(data_args, model_args)
     task = None if data_args.task_name is None else get_task(data_args.task_name)
     eval_splits = list(task.validation_splits) if task else ["validation"]
@@ -491,8 +569,6 @@ def main(argv: list[str] | None = None) -> dict:
             allow_blank_texts=data_args.allow_blank_texts,
             cache_dir=model_args.cache_dir,
         )
-
-    # Model
     label_names = list(task.label_names) if task else None
     for split in splits:
         if label_names is None and names[split] is not None:
@@ -502,53 +578,66 @@ def main(argv: list[str] | None = None) -> dict:
                     f"The labels of the {split} split, column {data_args.label_column!r}, must be of at least two "
                     f"classes. Got {label_names}."
                 )
-    model, tokenizer = load_model(model_args, gaml_args, label_names, task)
-    config = model.config
-    classes = find_classes(config, task)
-    label_names = [config.id2label[k] for k in range(config.num_labels)]
-    positive = task.label_names[1] if task and "f1" in task.metrics else data_args.positive_label
-    if positive is not None and (positive not in classes or len(label_names) != 2):
-        raise ValueError(f"`positive_label` must be one of two classes. Got {positive!r}, and {label_names}.")
+    return Data(task, eval_splits, test_splits, columns, rows, names, label_names)
 
-    # Tokens and labels
-    labels = {
-        split: encode_labels(names[split], split, data_args.label_column, classes)
-        for split in splits
-        if names[split] is not None
+
+def encode(
+    data: Data,
+    config: GamlConfigMixin,
+    tokenizer: PreTrainedTokenizerBase,
+    data_args: DataTrainingArguments,
+    training_args: TrainingArguments,
+) -> None:
+    """Put tokens and class numbers, in the model's order, in place of texts and names."""
+    data.classes = find_classes(config, data.task)
+    data.label_names = [config.id2label[k] for k in range(config.num_labels)]
+    positive = data.task.label_names[1] if data.task and "f1" in data.task.metrics else data_args.positive_label
+    if positive is not None and (positive not in data.classes or len(data.label_names) != 2):
+        raise ValueError(f"`positive_label` must be one of two classes. Got {positive!r}, and {data.label_names}.")
+    data.positive_label = positive
+    data.labels = {
+        split: encode_labels(names, split, data_args.label_column, data.classes)
+        for split, names in data.names.items()
+        if names is not None
     }
-    logger.info("Text is read from %s.", " and ".join(f"column {column!r}" for column in columns))
-    for split in labels:
-        counts = ", ".join(f"{name!r} {count}" for name, count in class_counts(labels[split], label_names).items())
-        logger.info("%s: %d rows; classes: %s", split, len(rows[split]), counts)
+    logger.info("Text is read from %s.", " and ".join(f"column {column!r}" for column in data.columns))
+    for split, counts in data.class_counts().items():
+        told = ", ".join(f"{name!r} {count}" for name, count in counts.items())
+        logger.info("%s: %d rows; classes: %s", split, len(data.rows[split]), told)
     settle_reading(tokenizer, config, data_args)
 
     def tokenize(batch: dict) -> dict:
         return tokenizer(
-            *([text or "" for text in batch[column]] for column in columns),
+            *([text or "" for text in batch[column]] for column in data.columns),
             padding="max_length" if data_args.pad_to_max_length else False,
             truncation=True,
         )
 
-    encoded = DatasetDict()
     with training_args.main_process_first(desc="tokenizing"):
-        for split, part in rows.items():
-            encoded[split] = part.map(
+        for split, part in data.rows.items():
+            data.rows[split] = part.map(
                 tokenize,
                 batched=True,
                 remove_columns=part.column_names,
                 load_from_cache_file=not data_args.overwrite_cache,
                 desc=f"Tokenizing {split}",
             )
-            if split in labels:
-                encoded[split] = encoded[split].add_column("labels", labels[split])
+            if split in data.labels:
+                data.rows[split] = data.rows[split].add_column("labels", data.labels[split])
 
-    def first(part: datasets.Dataset, limit: int | None) -> datasets.Dataset:
-        return part if limit is None else part.select(range(min(limit, len(part))))
 
+def first(part: Dataset, limit: int | None) -> Dataset:
+    return part if limit is None else part.select(range(min(limit, len(part))))
+
+
+def set_aside(
+    data: Data, data_args: DataTrainingArguments, gaml_args: GamlArguments, training_args: GamlTrainingArguments
+) -> tuple[Dataset | None, Dataset | None]:
+    """The rows to train on, and those set aside to choose checkpoint and policy."""
     train_rows = holdout_rows = None
-    if "train" in encoded:
+    if "train" in data.rows:
         # Shuffled before it is cut: the first rows of a sorted file may all be of one class.
-        shuffled = encoded["train"].shuffle(seed=training_args.data_seed or training_args.seed)
+        shuffled = data.rows["train"].shuffle(seed=training_args.data_seed or training_args.seed)
         shuffled = first(shuffled, data_args.max_train_samples)
         num_holdout = round(len(shuffled) * gaml_args.holdout_fraction)
         holdout_rows = shuffled.select(range(num_holdout)) if num_holdout else None
@@ -557,28 +646,49 @@ def main(argv: list[str] | None = None) -> dict:
         if training_args.do_train:
             logger.warning("No rows are set aside (`holdout_fraction`): the last checkpoint is kept, not the best.")
         training_args.eval_strategy, training_args.load_best_model_at_end = "no", False
-    if gaml_args.policy_is_open and holdout_rows is None:
-        raise ValueError(
-            f"`exit_strategy={gaml_args.exit_strategy!r}` needs its parameter, or training rows set aside to choose "
-            "it (`holdout_fraction` above 0)."
-        )
+        if gaml_args.policy_is_open:
+            raise ValueError(
+                f"`exit_strategy={gaml_args.exit_strategy!r}` needs its parameter, or training rows set aside to "
+                "choose it (`holdout_fraction` above 0)."
+            )
+    return train_rows, holdout_rows
 
-    # Training
+
+# Training
+
+
+def make_score(
+    data: Data, config: GamlConfigMixin, data_args: DataTrainingArguments
+) -> tuple[Callable[[np.ndarray, np.ndarray], dict[str, float]], str]:
+    """The scores of one list of predictions, and the name of the one that is compared."""
+    positive_class = data.classes.get(data.positive_label)
+    return selection_scorer(GlueMetric(data_args.task_name, config.num_labels, positive_class=positive_class))
+
+
+def make_trainer(
+    model: ExitsMixin,
+    tokenizer: PreTrainedTokenizerBase,
+    train_rows: Dataset | None,
+    holdout_rows: Dataset | None,
+    score: Callable[[np.ndarray, np.ndarray], dict[str, float]],
+    main_metric: str,
+    gaml_args: GamlArguments,
+    training_args: GamlTrainingArguments,
+) -> GamlTrainer:
+    config, callbacks = model.config, []
     if training_args.do_train:
+        label_names = [config.id2label[k] for k in range(config.num_labels)]
         if gaml_args.balances_classes:
             config.class_weights = balanced_class_weights(train_rows["labels"][:], label_names)
         if config.class_weights is not None:
             logger.info("Weights of the classes: %s.", dict(zip(label_names, config.class_weights, strict=True)))
-    metric = GlueMetric(data_args.task_name, len(label_names), positive_class=classes.get(positive))
-    score, main_metric = selection_scorer(metric)
+        if holdout_rows is not None and training_args.early_stopping_patience > 0:
+            callbacks.append(EarlyStoppingCallback(early_stopping_patience=training_args.early_stopping_patience))
     if training_args.warmup_epochs is not None and train_rows is not None:
         batch = training_args.per_device_train_batch_size * max(training_args.n_gpu, 1) * training_args.world_size
         steps = math.ceil(math.ceil(len(train_rows) / batch) / training_args.gradient_accumulation_steps)
         training_args.warmup_steps = round(training_args.warmup_epochs * steps)
-    callbacks = []
-    if training_args.do_train and holdout_rows is not None and training_args.early_stopping_patience > 0:
-        callbacks.append(EarlyStoppingCallback(early_stopping_patience=training_args.early_stopping_patience))
-    trainer = GamlTrainer(
+    return GamlTrainer(
         model=model,
         args=training_args,
         train_dataset=train_rows if training_args.do_train else None,
@@ -588,9 +698,21 @@ def main(argv: list[str] | None = None) -> dict:
         compute_metrics=ExitMetrics(config, score, main_metric),
         callbacks=callbacks,
     )
-    started = time.time()
-    run: dict = {
-        "command": shown_command(sys.argv[1:] if argv is None else argv),
+
+
+def describe(
+    argv: list[str],
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    train_rows: Dataset | None,
+    holdout_rows: Dataset | None,
+    model_args: ModelArguments,
+    data_args: DataTrainingArguments,
+    training_args: GamlTrainingArguments,
+) -> dict:
+    """What `run.json` tells before a step is made: arguments, versions, machine, rows. No tokens."""
+    return {
+        "command": shown_command(argv),
         "model_arguments": {key: value for key, value in asdict(model_args).items() if key != "token"},
         "data_arguments": asdict(data_args),
         "training_arguments": {key: value for key, value in training_args.to_dict().items() if "token" not in key},
@@ -610,98 +732,115 @@ def main(argv: list[str] | None = None) -> dict:
             "train": 0 if train_rows is None else len(train_rows),
             "holdout": 0 if holdout_rows is None else len(holdout_rows),
         },
-        "columns": {"text": columns, "label": data_args.label_column},
-        "classes": {split: class_counts(labels[split], label_names) for split in labels},
-        "positive_label": positive,
+        "columns": {"text": data.columns, "label": data_args.label_column},
+        "classes": data.class_counts(),
+        "positive_label": data.positive_label,
     }
-    if training_args.do_train:
-        if training_args.overwrite_output_dir and not resume and trainer.is_world_process_zero():
-            for checkpoint in checkpoints:  # or a resume could take one of the old run
-                shutil.rmtree(checkpoint)
-        trainer.add_callback(first_step := FirstStep())
-        result = trainer.train(resume_from_checkpoint=resume)
-        run["global_step"] = trainer.state.global_step
-        run["best_step"] = trainer.state.best_global_step
-        steps = trainer.state.global_step - first_step.value
-        if steps > 0:
-            metrics = result.metrics | {"train_steps": steps}  # after a resume, not all there were
-            trainer.log_metrics("train", metrics)
-            trainer.save_metrics("train", metrics)
-            run |= {"train_metrics": metrics, "log_history": trainer.state.log_history}
-        else:  # the Trainer has told, and logged, a training of no time and a loss of 0
-            run["log_history"] = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
-            run |= finished_run(output_dir, trainer.state.global_step)
 
-    # The exit policy, on the rows set aside
-    chosen: OperatingPoint | None = None
-    if holdout_rows is not None and (gaml_args.policy_is_open or gaml_args.calibrate_exits):
-        if gaml_args.calibrate_exits:
-            config.exit_temperatures = None
-            exit_logits, labels = predict_exits(trainer, holdout_rows)
-            config.exit_temperatures = calibrate(exit_logits, labels)
+
+def train(trainer: GamlTrainer, resume: str | bool | None) -> dict:
+    """Train; what `run.json` tells of it."""
+    trainer.add_callback(first_step := FirstStep())
+    result = trainer.train(resume_from_checkpoint=resume)
+    run = {"global_step": trainer.state.global_step, "best_step": trainer.state.best_global_step}
+    steps = trainer.state.global_step - first_step.value
+    if steps > 0:
+        metrics = result.metrics | {"train_steps": steps}  # after a resume, not all there were
+        trainer.log_metrics("train", metrics)
+        trainer.save_metrics("train", metrics)
+        return run | {"train_metrics": metrics, "log_history": trainer.state.log_history}
+    # The Trainer has told, and logged, a training of no time and a loss of 0.
+    log = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
+    return run | {"log_history": log} | finished_run(Path(trainer.args.output_dir), trainer.state.global_step)
+
+
+def choose_policy(
+    trainer: GamlTrainer,
+    holdout_rows: Dataset,
+    score: Callable[[np.ndarray, np.ndarray], dict[str, float]],
+    main_metric: str,
+    gaml_args: GamlArguments,
+) -> dict:
+    """Temperatures and the policy's parameter, by the rows set aside, into the config."""
+    config, run = trainer.model.config, {}
+    if gaml_args.calibrate_exits:
+        config.exit_temperatures = None
         exit_logits, labels = predict_exits(trainer, holdout_rows)
-        if gaml_args.policy_is_open:
-            points = sweep(exit_logits, labels, config, gaml_args.exit_strategy, score, main_metric)
-            chosen = choose(points, tuple(gaml_args.target_speed_up))
-            for key, value in chosen.config_fields().items():
-                setattr(config, key, value)
-            run |= {"chosen": asdict(chosen), "target_speed_up": gaml_args.target_speed_up}
-        warn_of_one_class(exit_logits, config)
-    run["config"] = config.to_dict()
-
-    # Scores
-    tables: list[str] = []
-    if training_args.do_eval:
-        run["evaluation"], results = {}, {}
-        for split, prefix in zip(eval_splits, ("eval", "eval_mm"), strict=False):
-            part = first(encoded[split], data_args.max_eval_samples)
-            evaluation = evaluate(trainer, part, score, main_metric, gaml_args.latency_rows)
-            run["evaluation"][split] = evaluation
-            flat = {f"exit_{m}": values[main_metric] for m, values in evaluation["exits"].items()}
-            flat |= {"exit_mean": evaluation["exit_mean"], **evaluation["policy"], "samples": len(part)}
-            results |= {f"{prefix}_{key}": value for key, value in flat.items()}
-            tables.append(score_table(split, evaluation, run))
-            if trainer.is_world_process_zero() and prefix == "eval":
-                depth = {m: values[main_metric] for m, values in evaluation["exits"].items()}
-                curves = {
-                    strategy: [OperatingPoint(**point) for point in points]
-                    for strategy, points in evaluation["curves"].items()
-                }
-                plots.depth_score({"exits": depth}, main_metric, output_dir / "depth_score.png")
-                plots.speed_score(curves, main_metric, output_dir / "speed_score.png")
-        trainer.save_metrics("eval", results)
-    run["seconds"] = time.time() - started
-
-    if training_args.do_predict:
-        for i, split in enumerate(test_splits):
-            part = first(encoded[split], data_args.max_predict_samples)
-            logits, exit_layer = trainer.predict(part, metric_key_prefix="predict").predictions[:2]
-            if trainer.is_world_process_zero():
-                write_predictions(output_dir / f"predictions_{split}.tsv", logits, exit_layer, label_names)
-                if task:
-                    answers = [task.submission_labels[task.class_index(label_names[k])] for k in logits.argmax(-1)]
-                    write_submission(output_dir / task.submission_files[i], answers, task.submission_rows[i])
-
-    # What is left behind
-    if trainer.is_world_process_zero():
-        output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / "run.json").write_text(json.dumps(run, indent=2, default=str) + "\n", encoding="utf-8")
-        if training_args.do_train or chosen is not None or gaml_args.calibrate_exits:
-            card = card_values(run, data_args, model_args, main_metric)
-            save_checkpoint(model, tokenizer, output_dir, card={"model_name": trainer.hub_model_id} | card)
-        if training_args.push_to_hub:
-            url = push_checkpoint(
-                output_dir,
-                trainer.hub_model_id,
-                private=training_args.hub_private_repo,
-                revision=training_args.hub_revision,
-                token=training_args.hub_token,
-            )
-            logger.info("Pushed to %s", url)
-    if trainer.is_world_process_zero():
-        print("\n".join(tables))
-        print(f"Everything is in {output_dir}{os.sep}")
+        config.exit_temperatures = calibrate(exit_logits, labels)
+    exit_logits, labels = predict_exits(trainer, holdout_rows)
+    if gaml_args.policy_is_open:
+        points = sweep(exit_logits, labels, config, gaml_args.exit_strategy, score, main_metric)
+        chosen = choose(points, tuple(gaml_args.target_speed_up))
+        for key, value in chosen.config_fields().items():
+            setattr(config, key, value)
+        run = {"chosen": asdict(chosen), "target_speed_up": gaml_args.target_speed_up}
+    warn_of_one_class(exit_logits, config)
     return run
+
+
+# Use
+
+
+def evaluate_splits(
+    trainer: GamlTrainer,
+    data: Data,
+    run: dict,
+    score: Callable[[np.ndarray, np.ndarray], dict[str, float]],
+    main_metric: str,
+    data_args: DataTrainingArguments,
+    gaml_args: GamlArguments,
+) -> tuple[dict, list[str]]:
+    """Score each validation split once: what `run.json` tells of each, and a table of each. Draws the first."""
+    evaluations, tables, results = {}, [], {}
+    for split, prefix in zip(data.eval_splits, ("eval", "eval_mm"), strict=False):
+        part = first(data.rows[split], data_args.max_eval_samples)
+        evaluation = evaluations[split] = evaluate(trainer, part, score, main_metric, gaml_args.latency_rows)
+        depth = {m: values[main_metric] for m, values in evaluation["exits"].items()}
+        flat = {f"exit_{m}": value for m, value in depth.items()}
+        flat |= {"exit_mean": evaluation["exit_mean"], **evaluation["policy"], "samples": len(part)}
+        results |= {f"{prefix}_{key}": value for key, value in flat.items()}
+        tables.append(score_table(split, evaluation, run))
+        if trainer.is_world_process_zero() and prefix == "eval":
+            curves = {
+                strategy: [OperatingPoint(**point) for point in points]
+                for strategy, points in evaluation["curves"].items()
+            }
+            output_dir = Path(trainer.args.output_dir)
+            plots.depth_score({"exits": depth}, main_metric, output_dir / "depth_score.png")
+            plots.speed_score(curves, main_metric, output_dir / "speed_score.png")
+    trainer.save_metrics("eval", results)
+    return evaluations, tables
+
+
+def predict(trainer: GamlTrainer, data: Data, limit: int | None) -> None:
+    """Write the answers for each test split, and of a GLUE task what its server takes."""
+    output_dir, task = Path(trainer.args.output_dir), data.task
+    for i, split in enumerate(data.test_splits):
+        part = first(data.rows[split], limit)
+        logits, exit_layer = trainer.predict(part, metric_key_prefix="predict").predictions[:2]
+        if trainer.is_world_process_zero():
+            write_predictions(output_dir / f"predictions_{split}.tsv", logits, exit_layer, data.label_names)
+            if task:
+                answers = [task.submission_labels[task.class_index(data.label_names[k])] for k in logits.argmax(-1)]
+                write_submission(output_dir / task.submission_files[i], answers, task.submission_rows[i])
+
+
+def leave(trainer: GamlTrainer, tokenizer: PreTrainedTokenizerBase, run: dict, card: dict, is_chosen: bool) -> None:
+    """Write `run.json` and, where model or policy are new, the checkpoint; push it where that is wanted."""
+    args, output_dir = trainer.args, Path(trainer.args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / "run.json").write_text(json.dumps(run, indent=2, default=str) + "\n", encoding="utf-8")
+    if args.do_train or is_chosen:
+        save_checkpoint(trainer.model, tokenizer, output_dir, card={"model_name": trainer.hub_model_id} | card)
+    if args.push_to_hub:
+        url = push_checkpoint(
+            output_dir,
+            trainer.hub_model_id,
+            private=args.hub_private_repo,
+            revision=args.hub_revision,
+            token=args.hub_token,
+        )
+        logger.info("Pushed to %s", url)
 
 
 class FirstStep(TrainerCallback):
@@ -785,7 +924,7 @@ def score_table(split: str, evaluation: dict, run: dict) -> str:
         "",
         f"{split}: {evaluation['rows']} rows, cut to {run['max_length']} tokens; "
         f"text: {' + '.join(run['columns']['text'])}; "
-        f"{run['columns']['label']}: {', '.join(f'{name} {n}' for name, n in evaluation['classes'].items())}{f1_of}",
+        f"{run['columns']['label']}: {', '.join(f'{name!r} {n}' for name, n in evaluation['classes'].items())}{f1_of}",
         "exit".ljust(22) + "".join(name.rjust(width) for name in names),
     ]
     for m, scores in evaluation["exits"].items():
