@@ -27,6 +27,7 @@ from datasets import Dataset, DatasetDict, load_dataset
 from sklearn.model_selection import StratifiedKFold
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoTokenizer,
     BertForSequenceClassification,
     DataCollatorWithPadding,
@@ -447,19 +448,19 @@ def one_exit_metrics(task_name: str, prediction: EvalPrediction) -> dict[str, fl
 
 
 def encoder_weights(model: torch.nn.Module) -> int:
-    """Weights that each token is multiplied by in the encoder's matrices."""
+    """Weights that each token is multiplied by in the encoder's matrices (of ALBERT, at one depth)."""
     return sum(
         module.weight.numel()
-        for name, module in model.named_modules()
-        if ".encoder." in name and isinstance(module, torch.nn.Linear)
+        for name, module in model.base_model.named_modules()
+        if isinstance(module, torch.nn.Linear) and not name.startswith("pooler")
     )
 
 
 @cache
 def full_encoder_weights(backbone: str) -> int:
-    """Of plain BERT at full depth; no weights are made for it."""
+    """Of the plain encoder at full depth; no weights are made for it."""
     with torch.device("meta"):
-        return encoder_weights(BertForSequenceClassification(AutoConfig.from_pretrained(backbone)))
+        return encoder_weights(AutoModel.from_config(AutoConfig.from_pretrained(backbone)))
 
 
 def encode_array(values: np.ndarray) -> dict[str, Any]:
