@@ -265,7 +265,7 @@ def test_older_checkpoints_go_only_when_the_new_one_is_sealed(make, tmp_path, mo
         trainer.train()
     trainer = make(save_total_limit=1)
     with monkeypatch.context() as patch:
-        patch.setattr("gaml_hf.training.trainer.write_seal", killed)
+        patch.setattr("gaml_hf.training.sealed_checkpoints.write_seal", killed)
         with raises(KeyboardInterrupt):
             trainer.train(resume_from_checkpoint=True)
     names = sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*"))

@@ -1,0 +1,218 @@
+"""A Trainer for a model with exits: where they start, how fast they learn, and that none is left out."""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.utils.data import Subset
+from transformers import TrainerCallback
+from transformers.trainer_utils import has_length
+from transformers.utils import logging
+
+from gaml_hf.models.losses_gaml import distillation_pairs, exit_weights
+
+from .exit_start import LEAST_VARIATION, NUM_ROWS, collect_exit_states, input_variation, warm_start
+from .robust_trainer import RobustTrainer
+
+
+logger = logging.get_logger(__name__)
+
+# The way out, where a loss of one's own would not train what the config says.
+OTHER_LOSSES = (
+    "Class weights go into `class_weights` of the config and label smoothing into `label_smoothing_factor`, for every "
+    "exit; for anything else, override `compute_loss`: add to what `super().compute_loss` returns or, with "
+    '`ga_mode="none"`, make the loss of `outputs.exit_logits`.'
+)
+EXIT_PARAMETER = re.compile(r"(^|\.)exit_(classifiers|poolers)\.")  # its name, also where PEFT has wrapped it
+
+
+class ExitTrainer(RobustTrainer):
+    """
+    Trains a model with exits by the loss that its config says, Eq. 2 of Zhu et al. (2021).
+
+    New exits start at what the pre-trained layers tell (`exit_warm_start`), learn at their own rate
+    (`exit_learning_rate_multiplier`), and may wait until the last one has learned (`mixed_training`). Label smoothing
+    (`label_smoothing_factor`) and the config's `class_weights` are part of L^CE at every exit; with the stock Trainer,
+    label smoothing trains the last exit alone.
+
+    Predictions are the logits, and `compute_metrics` gets them as in any example. One that has `ignore_keys`, as
+    [`~gaml_hf.evaluation.ExitMetrics`] has, names what it does not need, and the predictions of `evaluate` and
+    `predict` are then a tuple, (logits, exit_layer, exit_logits).
+
+    Raises:
+        ValueError: at construction, or when training starts, where `compute_loss_func` would leave exits or
+            `class_weights` out, or where exits are new and frozen, see [`~ExitsMixin.exit_modules`]. When a training
+            is resumed with another `exit_learning_rate_multiplier`. In the first step, where a `compute_loss` of a
+            subclass leaves exits out.
+    """
+
+    aligns = False  # whether steps are aligned; see [`GamlTrainer`]
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.label_smoother = None  # it would take the labels away from the model; `compute_loss` has its own way
+        self.add_callback(_ExitSchedule(self))
+
+    @property
+    def bare_model(self) -> Module:
+        """The model itself, also where PEFT has put another around it."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        return super().compute_loss(model, self._with_smoothing(inputs), *args, **kwargs)
+
+    def _with_smoothing(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        smoothing = self.args.label_smoothing_factor
+        return {**inputs, "smoothing": smoothing} if smoothing else inputs
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        if ignore_keys is None:
+            ignore_keys = getattr(self.compute_metrics, "ignore_keys", None)
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
+
+    # Where they start and how fast they learn
+
+    def _start_exits(self, exit_layers: list[int]) -> None:
+        """Look at what the exits read of some training rows, and let the new ones of `exit_layers` start there."""
+        model, config = self.bare_model, self.model.config
+        if self._is_sharded or not has_length(self.train_dataset):
+            logger.info("The exits' inputs are not looked at: the model is sharded, or the dataset has no length.")
+            return
+        generator = torch.Generator().manual_seed(self.args.seed)
+        chosen = torch.randperm(len(self.train_dataset), generator=generator)[:NUM_ROWS].sort().values.tolist()
+        rows = self.train_dataset
+        rows = rows.select(chosen) if hasattr(rows, "select") else Subset(rows, chosen)
+        with torch.random.fork_rng(devices=[]):  # a data loader draws a number when it starts
+            # No more than there are, which `dataloader_drop_last` would leave out.
+            world_size = self.args.world_size  # of which a batch that is split must be a multiple
+            batch_size = min(self.args.eval_batch_size, len(chosen) // world_size)
+            batch_size = max(world_size, batch_size // world_size * world_size)
+            batches = self._get_dataloader(rows, "Training", batch_size)
+            states, labels = collect_exit_states(
+                model, (self._prepare_inputs(batch) for batch in batches), self.accelerator.gather_for_metrics
+            )
+        variation = input_variation(states)
+        told = ", ".join(f"{m}: {share:.3g}" for m, share in zip(config.exit_layers, variation, strict=True))
+        logger.info(f"How much an exit's input varies from text to text, beside its length: {told}.")
+        blind = [m for m, share in zip(config.exit_layers, variation, strict=True) if share < LEAST_VARIATION]
+        if blind and config.exit_norm == "none":
+            logger.warning(
+                f"The inputs of exits {str(blind)[1:-1]} vary by less than {LEAST_VARIATION:.0%} of their length from "
+                "text to text, and such exits tend to answer with the most frequent class. Use "
+                '`exit_pooling="mean"`, or scale them (`exit_norm="layer"`).'
+            )
+        if config.exit_warm_start:
+            warm_start(model, states, labels, exit_layers)
+
+    def create_optimizer(self, *args, **kwargs):
+        """As the stock Trainer's; the exits' parameters in groups of their own, with their own learning rate."""
+        is_ours = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        multiplier = self.model.config.exit_learning_rate_multiplier
+        if not is_ours or multiplier == 1:
+            return optimizer
+        exits = {id(p) for name, p in self.model.named_parameters() if EXIT_PARAMETER.search(name)}
+        for group in list(optimizer.param_groups):
+            own = [p for p in group["params"] if id(p) in exits]
+            if own and len(own) == len(group["params"]):
+                group["lr"] *= multiplier
+            elif own:
+                group["params"] = [p for p in group["params"] if id(p) not in exits]
+                optimizer.add_param_group({**group, "params": own, "lr": group["lr"] * multiplier})
+        return optimizer
+
+    def _check_resume(self, checkpoint: Path) -> None:
+        """The optimizer's groups, and the learning rate of each, are stored: they cannot be others on a resume."""
+        path, now = checkpoint / "config.json", self.model.config.exit_learning_rate_multiplier
+        if not path.is_file():  # of PEFT
+            return
+        # A checkpoint that does not say it is of a time when exits learned at the rate of the encoder.
+        then = json.loads(path.read_text(encoding="utf-8")).get("exit_learning_rate_multiplier", 1.0)
+        if now != then:
+            raise ValueError(
+                f"`exit_learning_rate_multiplier` must be as in the checkpoint to go on from, `{checkpoint}`, where "
+                f"it is {then}. Got {now}."
+            )
+
+    # Whether all of them learn
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        own = getattr(self.compute_loss, "__func__", None)
+        is_ours = getattr(own, "__module__", "").rpartition(".")[0] == __package__
+        if self._loss_is_finite is not None or is_ours:
+            return super().training_step(model, inputs, num_items_in_batch)
+        # With the `compute_loss` of a subclass: see what its loss reaches, before a weight has moved.
+        reached: list[Tensor] = []  # gradients of the loss at `exit_logits`, (batch_size, num_exits, num_labels)
+
+        def watch(module, args, output) -> None:
+            output.exit_logits.register_hook(reached.append)
+
+        hook = self.model.register_forward_hook(watch)
+        try:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        finally:
+            hook.remove()
+        self._check_own_loss(f"`{type(self).__name__}.compute_loss`", reached)
+        return loss
+
+    def _check_own_loss(self, name: str, reached: list[Tensor]) -> None:
+        layers = self.model.config.exit_layers
+        forgotten = [m for i, m in enumerate(layers) if not any(g[:, i].any() for g in reached)]
+        if forgotten := [m for m in forgotten if m in self._learning_exits()]:
+            raise ValueError(f"{name} leaves out exits {forgotten}: its loss has no gradient there. {OTHER_LOSSES}")
+
+    def _learning_exits(self) -> set[int]:
+        """The layers of the exits that have a part in L, as the config says."""
+        config = self.model.config
+        if self.bare_model.last_exit_alone:
+            return set(config.exit_layers[-1:])
+        weights = exit_weights(config.exit_layers, config.exit_loss_weights)
+        students = {student for _, student in distillation_pairs(config.distillation, config.exit_layers)}
+        return students | {m for m, weight in zip(config.exit_layers, weights, strict=True) if weight}
+
+    def _refuse_unsupported(self) -> None:
+        super()._refuse_unsupported()
+        config = self.model.config
+        if not 0 <= self.args.label_smoothing_factor <= 1:
+            raise ValueError(f"`label_smoothing_factor` must lie in [0, 1]. Got {self.args.label_smoothing_factor}.")
+        if self.compute_loss_func is not None and (
+            self.aligns or config.class_weights or self._learning_exits() != {config.exit_layers[-1]}
+        ):
+            raise ValueError(
+                "`compute_loss_func` takes the place of the loss of all exits (Eq. 1) and of `class_weights`, and is "
+                f"for models that train their last exit alone. {OTHER_LOSSES}"
+            )
+        untrainable_exits = getattr(self.model, "untrainable_exits", None)  # which a PEFT model passes on
+        if untrainable_exits is not None and (sentence := untrainable_exits()):
+            raise ValueError(sentence)
+
+
+class _ExitSchedule(TrainerCallback):
+    """Starts new exits, all at once or, with mixed training (Kubaty et al., 2025), the last one first."""
+
+    def __init__(self, trainer: ExitTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs: Any):
+        if not state.global_step and self.trainer.bare_model.exits_are_new:
+            config = self.trainer.model.config
+            # With mixed training the others start when their time comes, at what the layers tell then.
+            self.trainer._start_exits(config.exit_layers[-1:] if config.mixed_training else config.exit_layers)
+
+    def on_step_begin(self, args, state, control, **kwargs: Any):
+        trainer, model = self.trainer, self.trainer.bare_model
+        first = math.ceil(model.config.mixed_training * state.max_steps)
+        model.last_exit_alone = state.global_step < first
+        if model.last_exit_alone:
+            return
+        if first and state.global_step == first and model.exits_are_new:
+            trainer._start_exits(model.config.exit_layers[:-1])
+        model.exits_are_new = False
+
+    def on_train_end(self, args, state, control, **kwargs: Any):
+        getattr(self.trainer.model, "new_exit_weights", set()).clear()
