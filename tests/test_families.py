@@ -56,6 +56,8 @@ SIZES = {
     "distilbert": {**DISTILBERT, "max_position_embeddings": 40},
     "electra": {**BERT, "embedding_size": 16},
     "electra, one width": {**BERT, "embedding_size": 32},
+    "ernie": BERT,
+    "ernie, tasks": {**BERT, "use_task_id": True},
     "modernbert": {**BERT, **TOKENS, "local_attention": 8},
     "mpnet": BERT,
     "roberta": {**BERT, "type_vocab_size": 1},

@@ -14,6 +14,7 @@ FAMILIES = {
     "modeling_gaml_deberta_v2": "GamlDebertaV2",
     "modeling_gaml_distilbert": "GamlDistilBert",
     "modeling_gaml_electra": "GamlElectra",
+    "modeling_gaml_ernie": "GamlErnie",
     "modeling_gaml_modernbert": "GamlModernBert",
     "modeling_gaml_mpnet": "GamlMPNet",
     "modeling_gaml_roberta": "GamlRoberta",
