@@ -204,6 +204,12 @@ def perform(run: Run, settings: Settings) -> dict[str, Any]:
 
 def train(run: Run, settings: Settings, folder: str) -> dict[str, Any]:
     """One training, from the checkpoint to the logits."""
+    kind = AutoConfig.from_pretrained(settings.backbone).model_type
+    if run.system in BASELINES and kind != "bert":
+        raise ValueError(
+            f"The static baseline `{run.system}` is made of BERT's layers, and `{settings.backbone}` is of type "
+            f"`{kind}`. Take `bert` with fewer `layers` as the static system of another encoder."
+        )
     full_depth = AutoConfig.from_pretrained(settings.backbone).num_hidden_layers
     task = get_task(run.task)
     tokenizer, encoded = load_task(run.task, settings.backbone, settings.data, run.max_length)

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from pytest import approx, fixture, mark, raises
 from torch.testing import assert_close
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, MPNetConfig
 
 from benchmarks import reports, reproduce
 from benchmarks.baselines import BASELINES
@@ -150,6 +150,12 @@ def test_pairs(settings, monkeypatch):
     for system, pairs in (("pair-deep-teaches", [[4, 1]]), ("pair-shallow-teaches", [[1, 4]])):
         model = trained(replace(RUN, system=system, exits=(1, 4), epochs=1), settings, monkeypatch)
         assert (model.config.exit_layers, model.config.distillation) == ([1, 4], pairs)
+
+
+def test_static_baselines_are_of_bert(settings, tmp_path):
+    MPNetConfig(num_hidden_layers=2).save_pretrained(tmp_path / "mpnet")
+    with raises(ValueError, match="`pkd` is made of BERT's layers, and .* is of type `mpnet`"):
+        perform(replace(RUN, system="pkd", layers=1), replace(settings, backbone=str(tmp_path / "mpnet")))
 
 
 def test_a_shallow_bert(settings, monkeypatch):
