@@ -336,7 +336,7 @@ def change_weights(change):
 )
 def test_check_names_what_is_wrong(folder, spoil, sentence):
     spoil(folder)
-    with raises(ValueError, match="is not a complete GAML-BERT checkpoint:\n- ") as error:
+    with raises(ValueError, match="is not a complete checkpoint with exits:\n- ") as error:
         check_checkpoint(folder)
     assert sentence in str(error.value)
 

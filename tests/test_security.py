@@ -46,7 +46,7 @@ def edit(path: Path, change) -> None:
 
 
 def problems(folder: Path) -> str:
-    with raises(ValueError, match="is not a complete GAML-BERT checkpoint") as error:
+    with raises(ValueError, match="is not a complete checkpoint with exits") as error:
         check_checkpoint(folder)
     return str(error.value)
 

@@ -57,7 +57,7 @@ def check_checkpoint(folder: str | os.PathLike) -> None:
         raise ValueError(f"`folder` must be an existing checkpoint folder. Got `{folder}`.")
     if problems := find_problems(Path(folder)):
         raise ValueError(
-            f"`{folder}` is not a complete GAML-BERT checkpoint:\n"
+            f"`{folder}` is not a complete checkpoint with exits:\n"
             + "\n".join(f"- {problem}" for problem in problems)
             + "\nSave it with `gaml_hf.hub.save_checkpoint`."
         )

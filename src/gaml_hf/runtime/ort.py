@@ -366,7 +366,7 @@ def _session_options(num_threads: int, weight_type: str) -> Any:
 
 class GamlOrtModelForSequenceClassification:
     """
-    A GAML-BERT that runs in ONNX Runtime on a CPU: the calls, outputs and exits of
+    A model with exits that runs in ONNX Runtime on a CPU: the calls, outputs and exits of
     [`GamlBertForSequenceClassification`] or another family's in evaluation mode, for inference alone.
 
     Works as the `model` of [`GamlTextClassificationPipeline`]. Threads may share one; a pickle of it holds the path of

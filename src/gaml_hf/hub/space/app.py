@@ -204,7 +204,7 @@ def build(viewer: Viewer, name: str, examples: list[str]) -> gr.Blocks:
     """The page."""
     with gr.Blocks(title="GAML-BERT: where does a text leave?", analytics_enabled=False) as page:
         gr.Markdown(
-            f"# Where does a text leave?\n`{name}` is a BERT with an exit after its layers (GAML-BERT). An easy text "
+            f"# Where does a text leave?\n`{name}` is an encoder with exits after its layers (GAML-BERT). An easy text "
             "leaves early, a hard one runs on."
         )
         with gr.Row():
