@@ -1,5 +1,5 @@
 """
-The text-classification pipeline of a model with exits: the stock one, plus where each row left, a say in it, and clear errors.
+The text-classification pipeline with exits: the stock one, plus where each row left, a say in it, and clear errors.
 
 A row is checked in `checked_texts`, a setting in `_sanitize_parameters`; nothing else decides what is valid.
 """
@@ -50,8 +50,8 @@ if hasattr(os, "register_at_fork"):  # a DataLoader's worker must not inherit a 
 
 class GamlTextClassificationPipeline(TextClassificationPipeline):
     """
-    [`~transformers.TextClassificationPipeline`] for a model with exits: the same calls and the same shapes of answers, and each
-    answer, a dict, also says where its row left.
+    [`~transformers.TextClassificationPipeline`] for a model with exits: the same calls and the same shapes of answers,
+    and each answer, a dict, also says where its row left.
 
     - **label** (`str`), **score** (`float`): as in the stock pipeline, from the exit at which the row left.
     - **exit_layer** (`int`): the layer at which the row left, from 1.

@@ -204,8 +204,8 @@ def build(viewer: Viewer, name: str, examples: list[str]) -> gr.Blocks:
     """The page."""
     with gr.Blocks(title="GAML-BERT: where does a text leave?", analytics_enabled=False) as page:
         gr.Markdown(
-            f"# Where does a text leave?\n`{name}` is an encoder with exits after its layers (GAML-BERT). An easy text "
-            "leaves early, a hard one runs on."
+            f"# Where does a text leave?\n`{name}` is an encoder with exits (GAML-BERT). An easy text leaves "
+            "early, a hard one runs on."
         )
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
