@@ -13,7 +13,7 @@ import copy
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -92,7 +92,7 @@ def workload(batch_size: int) -> Workload:
     return Workload(f"batch {batch_size}", batches, [])
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     kinds = sorted(kind for config, _ in families() for kind in config.plain_model_types)
     kinds = [kind for kind in kinds if kind not in SAME_ENCODER]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, help="where to write the seconds, as JSON")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     logging.set_verbosity_error()
     torch.manual_seed(0)

@@ -4,7 +4,10 @@ import json
 
 import torch
 
-from benchmarks import speed
+from benchmarks import families, frontier, speed
+from conftest import WORDS
+from gaml_hf import GamlAutoConfig, GamlAutoModelForSequenceClassification
+from gaml_hf.hub import save_checkpoint
 
 
 def test_speed(tmp_path, capsys):
@@ -34,3 +37,42 @@ def test_profile(capsys):
     speed.main("--profile --layers 2 --lengths 9 --rounds 1 --systems ours".split())
     torch.set_num_threads(threads)
     assert "ours, 9 tokens, in layers: [CLS] alone " in capsys.readouterr().out
+
+
+def test_families(monkeypatch, capsys):
+    threads = torch.get_num_threads()
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    monkeypatch.setattr(families, "SIZES", {"mpnet": sizes})
+    families.main("--kinds mpnet --batch_sizes 1 --rounds 1".split())
+    torch.set_num_threads(threads)
+    assert "mpnet, 2 layers, batch 1: ours, full depth " in capsys.readouterr().out
+
+
+def test_frontier(tokenizer, tmp_path, capsys):
+    threads = torch.get_num_threads()
+    texts = [f"the {a} movie was {b}" for a in ("good", "bad", "fine", "sad") for b in ("great", "awful", "dull")] * 3
+    rows = [f"{text},{'pos' if 'great' in text else 'neg'}" for text in texts]
+    words = ["--text_columns", "text", "--rounds", "1", "--timed_rows", "4"]
+    for option in ("train", "choose_on", "data"):
+        (tmp_path / f"{option}.csv").write_text("\n".join(["text,label", *rows]) + "\n")
+        words += [f"--{option}", str(tmp_path / f"{option}.csv")]
+    sizes = {"vocab_size": len(WORDS), "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
+    sizes |= {"num_hidden_layers": 4, "initializer_range": 0.5}
+    labels = {"id2label": {0: "neg", 1: "pos"}, "label2id": {"neg": 0, "pos": 1}}
+    words.append("--models")
+    for name, kind in (("deep", {"model_type": "bert"}), ("one", {"model_type": "deberta-v2", "exit_layers": [4]})):
+        relative = {"relative_attention": True} if name == "one" else {}
+        config = GamlAutoConfig.for_model(**kind, **sizes, **labels, **relative)
+        model = GamlAutoModelForSequenceClassification.from_config(config)
+        words.append(f"{name}={save_checkpoint(model, tokenizer, tmp_path / name)}")
+    frontier.main([*words, "--output", str(tmp_path / "frontier.json")])
+    torch.set_num_threads(threads)
+    systems = {system["name"]: system for system in json.loads((tmp_path / "frontier.json").read_text())["systems"]}
+    printed = capsys.readouterr().out
+    assert all(f"| {name} |" in printed for name in systems)
+    assert {"deep, PyTorch", "deep, prepacked", "deep, ONNX int8", "one, PyTorch"} <= systems.keys()
+    assert not [name for name in systems if name.startswith(("one, ONNX", "one, PyTorch, "))]
+    assert any(system["speed_up"] > 1 for system in systems.values())
+    assert systems["words and pairs of words"]["score"] == 1.0
+    assert systems["deep, PyTorch"]["score"] == systems["deep, prepacked"]["score"]
+    assert systems["deep, PyTorch"]["seconds"].keys() == {"1", "32"}

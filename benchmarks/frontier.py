@@ -1,0 +1,214 @@
+"""
+Score against time: what to serve for a wanted speed, among encoders with exits, without, smaller ones, and no encoder.
+
+    python benchmarks/frontier.py --models mpnet=out/mpnet mpnet-6=out/mpnet-6 minilm=out/minilm \
+        --train train.csv --choose_on more.csv --data validation.csv --text_columns sentence --output frontier.json
+
+Each folder is one that `run_glue_gaml.py` left. A model with exits runs at full depth and at five speeds by entropy,
+whose thresholds are chosen on `--choose_on`: rows like those of `--data` that no model was trained on. Each runs in
+PyTorch as loaded, prepacked, and in ONNX Runtime in int8 (where its family can be exported). The rival without an
+encoder is a logistic regression on counts of words and pairs of words, trained on `--train`.
+
+One thread; the systems take turns, row by row at batch 1, then in batches of 32. Every time is a ratio to the first
+model in PyTorch at full depth, of the same round. At batch 1, of the median text and of the slowest of twenty.
+"""
+
+import argparse
+import copy
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from transformers import AutoTokenizer, logging
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.speed import processor, spread
+from gaml_hf import GamlAutoModelForSequenceClassification
+from gaml_hf.data.files import RowFile
+from gaml_hf.evaluation import choose, sweep
+from gaml_hf.models.exiting_gaml import Entropy, FullDepth
+from gaml_hf.runtime.ort import GamlOrtModelForSequenceClassification, export_onnx
+
+
+SPEEDS = (1.5, 1.9, 2.5, 3.3, 4.0)  # in layers
+SLACK = 0.05  # a threshold is wanted that gives this much more or less
+
+Rows = tuple[list[tuple[str, ...]], list[str]]  # the texts of each row, and its class
+
+
+@dataclass
+class System:
+    """
+    Something that answers texts.
+
+    Attributes:
+        name (`str`): what it is.
+        answer (`Callable`): from texts of several rows to the class name of each.
+        speed_up (`float`): in layers, on the rows that its threshold was chosen on.
+        seconds (`dict`): by batch size, of each round the time of each batch.
+    """
+
+    name: str
+    answer: Callable[[Sequence[tuple[str, ...]]], list[str]]
+    speed_up: float = 1.0
+    seconds: dict[int, list[list[float]]] = field(default_factory=dict)
+    score: float = float("nan")
+
+
+def read(path: str, columns: list[str], label_column: str, limit: int | None = None) -> Rows:
+    texts, labels = [], []
+    for row in RowFile(path, "data"):
+        texts.append(tuple(row[column] for column in columns))
+        labels.append(str(row[label_column]))
+        if len(texts) == limit:
+            break
+    return texts, labels
+
+
+def encode(tokenizer: Any, texts: Sequence[tuple[str, ...]]) -> dict[str, torch.Tensor]:
+    columns = (list(column) for column in zip(*texts, strict=True))
+    return dict(tokenizer(*columns, padding=True, truncation=True, return_tensors="pt"))
+
+
+def accuracy(predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
+    return {"accuracy": float((predictions == references).mean())}
+
+
+@torch.inference_mode()
+def thresholds(model: Any, tokenizer: Any, rows: Rows) -> dict[float, float]:
+    """The entropy threshold of each of `SPEEDS` that the model can have."""
+    texts, labels = rows
+    logits = [
+        model(**encode(tokenizer, texts[start : start + 32]), output_exit_logits=True).exit_logits
+        for start in range(0, len(texts), 32)
+    ]
+    numbers = np.array([model.config.label2id[label] for label in labels])
+    points = sweep(torch.cat(logits), numbers, model.config, "entropy", accuracy, "accuracy")
+    found = {}
+    for speed in SPEEDS:
+        point = choose(points, (speed - SLACK, speed + SLACK))
+        if point.within((speed - 0.2, speed + 0.2)):
+            found[point.speed_up] = point.parameter
+    return found
+
+
+def systems_of(name: str, folder: str, choose_on: Rows, exports: Path) -> list[System]:
+    """One model in each runtime, at full depth and at each speed."""
+    model = GamlAutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    runtimes = {"PyTorch": model, "prepacked": copy.deepcopy(model).prepack()}
+    if model.layer_parts is not None:
+        export_onnx(model, exports / name, precision="int8")
+        runtimes["ONNX int8"] = GamlOrtModelForSequenceClassification.from_pretrained(exports / name, num_threads=1)
+    policies = {1.0: FullDepth()}
+    if model.config.num_exits > 1:
+        policies |= {speed: Entropy(value) for speed, value in thresholds(model, tokenizer, choose_on).items()}
+
+    def answerer(run: Any, policy: Any) -> Callable[[Sequence[tuple[str, ...]]], list[str]]:
+        def answer(texts: Sequence[tuple[str, ...]]) -> list[str]:
+            with torch.inference_mode():
+                logits = run(**encode(tokenizer, texts), exit_policy=policy).logits
+            return [model.config.id2label[k] for k in logits.argmax(dim=-1).tolist()]
+
+        return answer
+
+    return [
+        System(f"{name}, {runtime}" + ("" if speed == 1 else f", {speed:.1f}x"), answerer(run, policy), speed)
+        for runtime, run in runtimes.items()
+        for speed, policy in policies.items()
+    ]
+
+
+def bag_of_words(rows: Rows) -> System:
+    texts, labels = rows
+    model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LogisticRegression(max_iter=1000))
+    model.fit([" ".join(row) for row in texts], labels)
+    return System("words and pairs of words", lambda rows: model.predict([" ".join(row) for row in rows]).tolist())
+
+
+def measure(systems: list[System], rows: Rows, batch_size: int, rounds: int, clock: Callable[[], float]) -> None:
+    texts, _ = rows
+    batches = [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]
+    for round_ in range(rounds + 1):
+        for system in systems[:: -1 if round_ % 2 else 1]:  # whoever comes second finds warmer caches
+            taken = []
+            for batch in batches:
+                started = clock()
+                system.answer(batch)
+                taken.append(clock() - started)
+            if round_:
+                system.seconds.setdefault(batch_size, []).append(taken)
+
+
+def ratios(system: System, base: System, batch_size: int, of: Callable[[list[float]], float]) -> str:
+    """How many times faster than the base: median and range of the rounds."""
+    rounds = zip(base.seconds[batch_size], system.seconds[batch_size], strict=True)
+    return spread([of(theirs) / of(own) for theirs, own in rounds])
+
+
+def table(systems: list[System]) -> str:
+    lines = ["| system | score | batch 1, median text | batch 1, slowest of 20 | batch 32 |", "|---|---|---|---|---|"]
+    for system in systems:
+        cells = [
+            ratios(system, systems[0], size, of)
+            for size, of in ((1, np.median), (1, lambda taken: np.quantile(taken, 0.95)), (32, np.sum))
+        ]
+        lines.append(f"| {system.name} | {100 * system.score:.1f} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", required=True, metavar="NAME=FOLDER", help="the first is the base")
+    parser.add_argument("--train", help="rows that the models were trained on, for the rival without an encoder")
+    parser.add_argument("--choose_on", required=True, help="rows that no model was trained on, to choose thresholds")
+    parser.add_argument("--data", required=True, help="rows to score")
+    parser.add_argument("--text_columns", nargs="+", required=True)
+    parser.add_argument("--label_column", default="label")
+    parser.add_argument("--timed_rows", type=int, default=64, help="of --data, evenly spaced (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cpu_time", action="store_true", help="of this process, for a busy machine")
+    parser.add_argument("--output", type=Path, help="where to write scores and seconds, as JSON")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    columns = (options.text_columns, options.label_column)
+    data, choose_on = read(options.data, *columns), read(options.choose_on, *columns)
+    with tempfile.TemporaryDirectory() as exports:
+        systems = []
+        for word in options.models:
+            name, _, folder = word.partition("=")
+            systems += systems_of(name, folder, choose_on, Path(exports))
+        if options.train:
+            systems.append(bag_of_words(read(options.train, *columns)))
+        for system in systems:
+            batches = (data[0][start : start + 32] for start in range(0, len(data[0]), 32))
+            answers = [label for batch in batches for label in system.answer(batch)]
+            system.score = accuracy(np.array(answers), np.array(data[1]))["accuracy"]
+        spaced = np.linspace(0, len(data[0]) - 1, min(options.timed_rows, len(data[0]))).astype(int)
+        timed = ([data[0][i] for i in spaced], [data[1][i] for i in spaced])
+        clock = time.process_time if options.cpu_time else time.perf_counter
+        for batch_size in (1, 32):
+            measure(systems, timed, batch_size, options.rounds, clock)
+    print(processor(), flush=True)
+    print(table(systems))
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        found = [{"name": s.name, "score": s.score, "speed_up": s.speed_up, "seconds": s.seconds} for s in systems]
+        options.output.write_text(json.dumps({"processor": processor(), "systems": found}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
