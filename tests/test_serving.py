@@ -23,6 +23,7 @@ from pytest import approx, fixture, mark, raises
 from transformers import BertTokenizer
 
 import gaml_serve
+from benchmarks import serving as benchmark
 from conftest import WORDS as VOCABULARY
 from gaml_hf import PAPER_LETTER, GamlBertConfig, GamlBertForSequenceClassification, GamlTextClassificationPipeline
 from gaml_hf.runtime.batching import Item, MicroBatcher, take_batch
@@ -273,8 +274,7 @@ def test_folders_of_each_kind(kind, folder, classifier, tmp_path, caplog):
     source = folder
     if kind == "export":
         source = tmp_path / "export"
-        export_onnx(classifier.model, source)
-        classifier.tokenizer.save_pretrained(source)
+        export_onnx(classifier.model, source, tokenizer=classifier.tokenizer)
     load = ClassifierLoader(str(source), kind == "export", "cpu", 1, prepack=kind == "prepacked")
 
     async def answers():
@@ -748,3 +748,44 @@ def test_wrong_options(options, message, folder, capsys):
         gaml_serve.main(["--model", str(folder), *options])
     assert left.value.code == 2
     assert message in capsys.readouterr().err
+
+
+# The benchmark
+
+
+def test_the_load_comes_at_its_rate_and_is_summed_up_by_hand():
+    times = benchmark.arrivals(rate=2, burst_rate=4, seconds=1)
+    assert times == [
+        (0, False),
+        (0.5, False),
+        (1, True),
+        (1.25, True),
+        (1.5, True),
+        (1.75, True),
+        (2, False),
+        (2.5, False),
+    ]
+    answer = {"status": 200, "label": "a", "exit_layer": 2, "forced": 1}
+    records = [
+        answer | {"row": 0, "seconds": 0.1},
+        answer | {"row": 1, "seconds": 0.3, "exit_layer": 4, "forced": 0},
+        {"row": 0, "status": 429, "seconds": 0.01},
+        {"row": 1, "status": "not sent"},
+    ]
+    told = benchmark.summary(records, labels=["a", "b"], slo=0.2)
+    assert told["p50"] == 200
+    assert (told["late"], told["forced"], told["mean_exit"], told["unanswered"]) == (0.75, 0.5, 3, 2)
+    assert told["accuracy"] == 0.5
+
+
+def test_the_load_is_answered(classifier, monkeypatch):
+    async def send():
+        async with serving(lambda: classifier) as client:
+            monkeypatch.setattr(benchmark.httpx, "AsyncClient", lambda **_: contextlib.nullcontext(client))
+            return await benchmark.load("", TEXTS, benchmark.arrivals(20, 200, 0.2), max_open=50)
+
+    records = asyncio.run(send())
+    assert [record["in_burst"] for record in records] == [False] * 4 + [True] * 40 + [False] * 4
+    assert {record["status"] for record in records} == {200}
+    assert [record["label"] for record in records[:5]] == [classifier(text)[0]["label"] for text in TEXTS]
+    assert all(record["seconds"] > 0 for record in records)

@@ -192,7 +192,8 @@ class Service:
     ):
         self.load_classifier, self.settings, self.name = load_classifier, settings, name
         self.metrics = Metrics()
-        self.classifier: GamlTextClassificationPipeline | None = None
+        self._loaded: GamlTextClassificationPipeline | None = None
+        self.classifier: GamlTextClassificationPipeline | None = None  # the same model, with the exits of the settings
         self.exit_cap: ExitCap | None = None
         self.in_flight = 0
         self.is_draining = False
@@ -222,22 +223,29 @@ class Service:
     async def _load(self) -> None:
         try:
             loop = asyncio.get_running_loop()
-            classifier = await loop.run_in_executor(self._model_thread, self.load_classifier)
-            self.metrics.know_exits(classifier.model.config.exit_layers)
-            self._apply(classifier, self.settings)
+            self._loaded = await loop.run_in_executor(self._model_thread, self.load_classifier)
+            self.metrics.know_exits(self._loaded.model.config.exit_layers)
+            self._apply(self.settings)
             await self._probe()
             self.is_ready = True
         except Exception as error:
             self.failure = error
             logger.error(f"The model could not be loaded: {error}")
 
-    def _apply(self, classifier: GamlTextClassificationPipeline, settings: ServerSettings) -> None:
+    def _apply(self, settings: ServerSettings) -> None:
         """Take over new settings, all at once or, if one is wrong, none."""
-        if classifier is not self.classifier or settings.exits != self.settings.exits:
+        if not settings.exits:
+            classifier = self._loaded
+        elif self.classifier is None or settings.exits != self.settings.exits:
             # A new pipeline around the same model, and not a change of the old one: requests may be in its hands.
-            classifier = type(classifier)(
-                model=classifier.model, tokenizer=classifier.tokenizer, device=classifier.device, **settings.exits
+            classifier = type(self._loaded)(
+                model=self._loaded.model,
+                tokenizer=self._loaded.tokenizer,
+                device=self._loaded.device,
+                **settings.exits,
             )
+        else:
+            classifier = self.classifier
         exit_cap, exit_layers = self.exit_cap, classifier.model.config.exit_layers
         cap_knobs = (settings.slo_ms, settings.min_exit)
         if exit_cap is None or cap_knobs != (self.settings.slo_ms, self.settings.min_exit):
@@ -257,7 +265,7 @@ class Service:
         if self.classifier is None:
             raise self._not_ready()
         try:
-            self._apply(self.classifier, dataclasses.replace(self.settings, **changes))
+            self._apply(dataclasses.replace(self.settings, **changes))
         except ValueError as error:
             raise invalid(str(error)) from error
         return self.settings
