@@ -26,6 +26,12 @@ KNOBS = (
     ("max_batch_tokens", int, 4096, "tokens that run together (default: %(default)s)"),
     ("max_concurrent_requests", int, 512, "requests beyond are refused with 429 (default: %(default)s)"),
     ("timeout_ms", float, 30_000.0, "a request without an answer by then gets 504, in ms (default: %(default)g)"),
+    (
+        "shadow_fraction",
+        float,
+        0.0,
+        "share of requests that run again to full depth, to compare (default: %(default)s)",
+    ),
     ("max_client_batch_size", int, 32, "rows of one request (default: %(default)s)"),
     ("payload_limit", int, 2_000_000, "bytes of one request (default: %(default)s)"),
 )

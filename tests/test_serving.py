@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import torch
-from huggingface_hub import InferenceClient
+from huggingface_hub import InferenceClient, constants
 from prometheus_client.parser import text_string_to_metric_families
 from pytest import approx, fixture, mark, raises
 from transformers import BertTokenizer
@@ -180,6 +180,21 @@ def test_what_comes_while_the_model_is_busy_runs_together():
     assert dropped == 1
 
 
+def test_what_may_wait_runs_when_nothing_else_does():
+    order = []
+
+    def run(batch, waiting):
+        order.extend(item.value for item in batch)
+        return order[-len(batch) :]
+
+    async def submit(batcher):
+        futures = [batcher.submit(value, 6, later=value < 0) for value in (-1, 1, -2, 2)]
+        return await asyncio.gather(*futures)
+
+    assert batched(run, submit)[0] == [-1, 1, -2, 2]
+    assert order == [1, 2, -1, -2]
+
+
 def test_a_batch_that_fails_costs_no_other():
     def run(batch, waiting):
         if batch[0].value == "bad":
@@ -290,6 +305,29 @@ def test_folders_of_each_kind(kind, folder, classifier, tmp_path, caplog):
     assert response.json() == [close(answers) for answers in budgeted]
     assert response.headers["x-exit-cap"] == "2"
     assert int(response.headers["x-forced-exits"]) == sum(layer > 2 for layer in free) > 0
+
+
+def test_shadow_traffic_counts_the_classes_that_differ_at_full_depth(classifier):
+    rng = random.Random(0)
+    texts = [" ".join(rng.choices(VOCABULARY[11:], k=rng.randint(1, 20))) for _ in range(30)]
+    first, last = ([answer["label"] for answer in classifier(texts, budgeted_exit=m)] for m in (1, 4))
+    differ = sum(a != b for a, b in zip(first, last, strict=True))
+
+    async def shadow():
+        async with serving(lambda: classifier, shadow_fraction=1.0, budgeted_exit=1, slo_ms=1000) as client:
+            response = await client.post("/predict", json={"inputs": [[text] for text in texts]})
+            assert [answers[0]["label"] for answers in response.json()] == first
+            while metric(told := (await client.get("/metrics")).text, "gaml_shadow_rows_total") < 30:
+                await asyncio.sleep(0.002)
+            client.service.change({"shadow_fraction": 0.0})
+            await client.post("/predict", json={"inputs": "good"})
+            return told, (await client.get("/metrics")).text
+
+    told, later = asyncio.run(shadow())
+    assert metric(told, "gaml_shadow_disagreements_total") == differ
+    assert 0 < differ < 30
+    assert metric(told, "gaml_exit_layer_count") == 31  # of what was answered, and the probe
+    assert metric(later, "gaml_shadow_rows_total") == 30
 
 
 # Refusals
@@ -579,6 +617,7 @@ def test_knobs_change_under_load_and_no_request_fails(classifier):
         ({"slo_ms": 0}, "`slo_ms` must be a number above 0"),
         ({"slo_ms": True}, "`slo_ms` must be a number above 0"),
         ({"slo_ms": 100, "min_exit": 9}, "`min_exit` must be one of the exits of this model"),
+        ({"shadow_fraction": 1.5}, "`shadow_fraction` must be a number in [0, 1]"),
         ({"min_exit": 2}, "`min_exit` is read with `slo_ms` alone"),
         ({"max_batch_tokens": 0}, "`max_batch_tokens` must be a whole number"),
         ({"payload_limit": 5}, "`payload_limit` is no knob that can change live"),
@@ -698,9 +737,11 @@ def command(folder, *options):
 
 
 @mark.skipif(os.name == "nt", reason="no SIGTERM there")
-def test_the_command_serves_and_drains(folder, classifier):
-    texts = [" ".join(TEXTS * 2)] * 32
-    with command(folder, "--max_batch_tokens", "64") as (process, url, lines), httpx.Client(base_url=url) as client:
+def test_the_command_serves_and_drains(folder, classifier, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # 127.0.0.1 counts as the network
+    body = {"inputs": [[" ".join(TEXTS * 2)]] * 16}  # 24 of these are some 200 batches
+    options = ("--max_batch_tokens", "64", "--timeout_ms", "300000")
+    with command(folder, *options) as (process, url, lines), httpx.Client(base_url=url, timeout=300) as client:
         while client.get("/health").status_code != 200:
             time.sleep(0.02)
         assert client.post("/predict", json={"inputs": "good"}).json() == close(classifier("good", top_k=None))
@@ -709,18 +750,17 @@ def test_the_command_serves_and_drains(folder, classifier):
             (answer["label"], answer["exit_layer"]) for answer in classifier("good")
         ]
         with ThreadPoolExecutor(24) as pool:
-            in_flight = [
-                pool.submit(httpx.post, f"{url}/predict", json={"inputs": [[text] for text in texts]}, timeout=60)
-                for _ in range(24)
-            ]
-            while metric(client.get("/metrics").text, "gaml_queue_rows") < 600:  # of 24 * 32
+            in_flight = [pool.submit(client.post, "/predict", json=body) for _ in range(24)]
+            while (
+                metric(client.get("/metrics").text, "gaml_requests_in_flight") + sum(f.done() for f in in_flight) < 24
+            ):
                 time.sleep(0.002)
             process.send_signal(signal.SIGTERM)
             while (refused := client.post("/predict", json={"inputs": "good"})).status_code == 200:
                 time.sleep(0.002)
             assert (refused.status_code, refused.json()["error_type"]) == (503, "draining")
             assert [future.result().status_code for future in in_flight] == [200] * 24
-        assert process.wait(30) == 0
+        assert process.wait(60) == 0
 
 
 def test_options_and_settings_have_one_default():

@@ -77,12 +77,16 @@ class MicroBatcher:
     ):
         self.run, self.thread, self.max_tokens, self.dropped = run, thread, max_tokens, dropped
         self.queue: deque[Item] = deque()
+        self.later: deque[Item] = deque()  # what runs when nothing else waits
         self._filled = asyncio.Event()
 
-    def submit(self, value: Any, tokens: int, kind: Hashable = None) -> asyncio.Future:
-        """The answer to come. Cancelled before the item's turn, the item costs nothing more."""
+    def submit(self, value: Any, tokens: int, kind: Hashable = None, *, later: bool = False) -> asyncio.Future:
+        """
+        The answer to come. Cancelled before the item's turn, the item costs nothing more. With `later` its turn comes
+        when nothing else waits.
+        """
         item = Item(value, tokens, kind, asyncio.get_running_loop().create_future())
-        self.queue.append(item)
+        (self.later if later else self.queue).append(item)
         self._filled.set()
         return item.future
 
@@ -93,18 +97,18 @@ class MicroBatcher:
                 await self._filled.wait()
                 await self._run_once()
         finally:
-            for item in self.queue:
+            for item in (*self.queue, *self.later):
                 item.future.cancel()
 
     async def _run_once(self) -> None:
         wanted = deque(item for item in self.queue if not item.future.done())
         self.dropped(len(self.queue) - len(wanted))
         self.queue = wanted
-        if not wanted:
+        if not wanted and not self.later:
             self._filled.clear()
             return
         waiting = sum(item.tokens for item in wanted)
-        batch = take_batch(wanted, self.max_tokens())
+        batch = take_batch(wanted or self.later, self.max_tokens())
         try:
             answers = await asyncio.get_running_loop().run_in_executor(self.thread, self.run, batch, waiting)
             outcomes = [(item.future.set_result, answer) for item, answer in zip(batch, answers, strict=True)]

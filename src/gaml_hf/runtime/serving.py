@@ -14,6 +14,7 @@ import hmac
 import json
 import logging
 import math
+import random
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +30,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from transformers.pipelines.base import pad_collate_fn
 
-from gaml_hf.models.exiting_gaml import policy_from_config, shown
+from gaml_hf.models.exiting_gaml import FullDepth, policy_from_config, shown
 from gaml_hf.models.pipeline_gaml import EXIT_FIELDS, TOKENIZER_ARGUMENTS, GamlTextClassificationPipeline, _Row
 
 from .adaptive import Capped, ExitCap
@@ -41,6 +42,7 @@ logger = logging.getLogger(__name__)
 # What `parameters` of a request may hold. The pipeline's other arguments are a policy object and how it batches.
 PARAMETERS = (*EXIT_FIELDS, *TOKENIZER_ARGUMENTS, "top_k", "function_to_apply", "on_error")
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+SHADOW, MAX_SHADOWS = "shadow", 256  # the kind of rows that run again, and how many may wait
 POWERS = tuple(2**i for i in range(15))
 
 
@@ -56,6 +58,9 @@ class ServerSettings:
         min_exit (`int`, *optional*): the layer at which no row is made to leave before; defaults to the first exit.
         max_batch_tokens (`int`): tokens that run together.
         max_concurrent_requests (`int`): a request beyond is refused before anything is read of it.
+        shadow_fraction (`float`):
+            Share of the requests whose rows run again to full depth, when nothing else waits: how many classes differ
+            is counted in the metrics.
         timeout_ms (`float`): a request that has no answer by then is given up, in milliseconds.
 
         max_client_batch_size (`int`): rows of one request.
@@ -74,6 +79,7 @@ class ServerSettings:
     max_batch_tokens: int = 4096
     max_concurrent_requests: int = 512
     timeout_ms: float = 30_000.0
+    shadow_fraction: float = 0.0
 
     max_client_batch_size: int = 32
     payload_limit: int = 2_000_000
@@ -89,6 +95,9 @@ class ServerSettings:
                 continue
             if type(value) not in (int, float) or not 0 < value < math.inf:
                 raise ValueError(f"`{name}` must be a number above 0, of milliseconds. Got `{name}={shown(value)}`.")
+        share = self.shadow_fraction
+        if type(share) not in (int, float) or not 0 <= share <= 1:
+            raise ValueError(f"`shadow_fraction` must be a number in [0, 1]. Got `shadow_fraction={shown(share)}`.")
         if self.min_exit is not None and self.slo_ms is None:
             raise ValueError(f"`min_exit` is read with `slo_ms` alone. Got `min_exit={shown(self.min_exit)}`.")
 
@@ -159,6 +168,7 @@ class Metrics:
         self.registry = registry = CollectorRegistry()
         self.requests = Counter("gaml_requests", "Requests by outcome", ["outcome"], registry=registry)
         histogram = partial(Histogram, registry=registry)
+        self.in_flight = Gauge("gaml_requests_in_flight", "Requests that are being answered", registry=registry)
         self.request_seconds = histogram("gaml_request_seconds", "From arrival to answer", buckets=SECONDS)
         self.queue_seconds = histogram("gaml_queue_seconds", "From tokens to the model, by row", buckets=SECONDS)
         self.inference_seconds = histogram("gaml_inference_seconds", "Of one batch in the model", buckets=SECONDS)
@@ -168,6 +178,10 @@ class Metrics:
         self.dropped_rows = Counter("gaml_dropped_rows", "Rows whose client left before they ran", registry=registry)
         self.exit_cap = Gauge("gaml_exit_cap", "Layer that no row goes beyond", registry=registry)
         self.forced_exits = Counter("gaml_forced_exits", "Rows that left at the cap alone", registry=registry)
+        self.shadow_rows = Counter("gaml_shadow_rows", "Rows that ran again to full depth", registry=registry)
+        self.shadow_disagreements = Counter(
+            "gaml_shadow_disagreements", "Rows of these whose class differs at full depth", registry=registry
+        )
         self.exit_layer: Histogram | None = None  # its buckets are the model's exits
 
     def know_exits(self, exit_layers: list[int]) -> None:
@@ -209,6 +223,7 @@ class Service:
     async def running(self) -> AsyncIterator[None]:
         """From the start to the end of the application. It answers at once; it is ready when the model is."""
         self.batcher = MicroBatcher(self._run, self._model_thread, self._max_tokens, self.metrics.dropped_rows.inc)
+        self.metrics.in_flight.set_function(lambda: self.in_flight)
         self.metrics.queue_rows.set_function(lambda: len(self.batcher.queue))
         tasks = [asyncio.create_task(self.batcher.work()), asyncio.create_task(self._load())]
         try:
@@ -363,6 +378,9 @@ class Service:
         if caps := [outcome.cap for outcome in outcomes.values() if outcome.cap is not None]:
             forced = sum(outcome.was_forced for outcome in outcomes.values())
             headers = {"x-exit-cap": str(min(caps)), "x-forced-exits": str(forced)}
+        if random.random() < settings.shadow_fraction:
+            for number, outcome in outcomes.items():
+                self._shadow(classifier, encodings[number], outcome)
         return AsciiJson(answers if query.is_batch or always_batch else answers[0], headers=headers)
 
     def _plan(self, classifier: GamlTextClassificationPipeline, parameters: dict[str, Any]) -> Plan:
@@ -376,6 +394,20 @@ class Service:
         kind = (id(classifier), *(parameters.get(name) for name in EXIT_FIELDS))
         return Plan(preprocess, forward, postprocess, kind)
 
+    def _shadow(self, classifier: GamlTextClassificationPipeline, encoding: dict[str, Any], outcome: Outcome) -> None:
+        """Run a row that has its answer again, to full depth, and count whether the class is another."""
+        if len(self.batcher.later) >= MAX_SHADOWS:
+            return
+        answered = int(outcome.outputs["logits"].argmax())
+
+        def compare(future: asyncio.Future) -> None:
+            if not future.cancelled() and future.exception() is None:
+                self.metrics.shadow_rows.inc()
+                self.metrics.shadow_disagreements.inc(int(future.result().outputs["logits"].argmax()) != answered)
+
+        value = (encoding, classifier, {"exit_policy": FullDepth()})
+        self.batcher.submit(value, _tokens(encoding), SHADOW, later=True).add_done_callback(compare)
+
     # In the model's thread
 
     def _max_tokens(self) -> int:
@@ -384,9 +416,10 @@ class Service:
 
     def _run(self, batch: list[Item], waiting_tokens: int) -> list[Outcome]:
         """One forward pass."""
-        started, metrics, exit_cap = time.perf_counter(), self.metrics, self.exit_cap
+        is_shadow = batch[0].kind == SHADOW  # of which the cap, and what clients saw, know nothing
+        started, metrics, exit_cap = time.perf_counter(), self.metrics, None if is_shadow else self.exit_cap
         tokens = sum(item.tokens for item in batch)
-        for item in batch:
+        for item in () if is_shadow else batch:
             metrics.queue_seconds.observe(started - item.since)
         _, classifier, forward = batch[0].value
         config, capped = classifier.model.config, None
@@ -415,7 +448,7 @@ class Service:
         at_cap = iter(() if capped is None else capped.forced)
         forced = [layer == cap and next(at_cap) for layer in exit_layers]
         metrics.forced_exits.inc(sum(forced))
-        for layer in exit_layers:
+        for layer in () if is_shadow else exit_layers:
             metrics.exit_layer.observe(layer)
         return [
             Outcome(
