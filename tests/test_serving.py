@@ -319,15 +319,19 @@ def test_shadow_traffic_counts_the_classes_that_differ_at_full_depth(classifier)
             assert [answers[0]["label"] for answers in response.json()] == first
             while metric(told := (await client.get("/metrics")).text, "gaml_shadow_rows_total") < 30:
                 await asyncio.sleep(0.002)
+            client.service.change({"budgeted_exit": None, "exit_strategy": "none"})  # with which none can differ
+            await client.post("/predict", json={"inputs": [[text] for text in texts]})
+            while metric((await client.get("/metrics")).text, "gaml_shadow_rows_total") < 60:
+                await asyncio.sleep(0.002)
             client.service.change({"shadow_fraction": 0.0})
             await client.post("/predict", json={"inputs": "good"})
             return told, (await client.get("/metrics")).text
 
     told, later = asyncio.run(shadow())
-    assert metric(told, "gaml_shadow_disagreements_total") == differ
-    assert 0 < differ < 30
+    assert metric(told, "gaml_shadow_disagreements_total") == differ > 0
+    assert metric(later, "gaml_shadow_disagreements_total") == differ
     assert metric(told, "gaml_exit_layer_count") == 31  # of what was answered, and the probe
-    assert metric(later, "gaml_shadow_rows_total") == 30
+    assert metric(later, "gaml_shadow_rows_total") == 60
 
 
 # Refusals
@@ -788,6 +792,15 @@ def test_wrong_options(options, message, folder, capsys):
         gaml_serve.main(["--model", str(folder), *options])
     assert left.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_be_loaded_is_told_and_the_command_ends(folder, capsys):
+    (folder / "model.safetensors").unlink()
+    with raises(SystemExit) as left:
+        gaml_serve.main(["--model", str(folder), "--port", "0"])
+    assert left.value.code == 2
+    assert "gaml-serve: error: " in (told := capsys.readouterr().err)
+    assert "model.safetensors" in told
 
 
 # The benchmark
