@@ -1,0 +1,115 @@
+"""
+The command `gaml-serve`: a classifier behind HTTP, see `gaml_hf.runtime.serving`.
+
+It stands outside the package because `import gaml_hf` takes seconds: `--help` and a wrong model do not.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from gaml_score import EXITS, _in_words_of_the_command, _wrong_model
+
+
+TOKEN_VARIABLE = "GAML_ADMIN_TOKEN"
+# Of `ServerSettings`, with its defaults, which stand there and, for `--help`, here; a test compares.
+KNOBS = (
+    (
+        "slo_ms",
+        float,
+        None,
+        "latency to keep, in ms: rows leave earlier in a burst (default: rows leave as they will)",
+    ),
+    ("min_exit", int, None, "layer before which no row is made to leave (default: the first exit)"),
+    ("max_batch_tokens", int, 4096, "tokens that run together (default: %(default)s)"),
+    ("max_concurrent_requests", int, 512, "requests beyond are refused with 429 (default: %(default)s)"),
+    ("timeout_ms", float, 30_000.0, "a request without an answer by then gets 504, in ms (default: %(default)g)"),
+    (
+        "shadow_fraction",
+        float,
+        0.0,
+        "share of requests that run again to full depth, to compare (default: %(default)s)",
+    ),
+    ("max_client_batch_size", int, 32, "rows of one request (default: %(default)s)"),
+    ("payload_limit", int, 2_000_000, "bytes of one request (default: %(default)s)"),
+)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="gaml-serve",
+        description="Serve a classifier over HTTP. SIGTERM or SIGINT ends it when what is in flight is answered; the "
+        "exit code is then 0. It is 2 where the server could not start.",
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="a checkpoint, or an export to ONNX: a folder, or a checkpoint's Hub name")
+    add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 is all of them (default: %(default)s)")
+    add("--port", type=int, default=8080, help="port to listen at; 0 is a free one (default: %(default)s)")
+    add("--device", help='"cpu", "cuda:0", ... (default: a GPU where there is one)')
+    add("--num_threads", type=int, help="CPU threads of the model (default: PyTorch's)")
+    add("--no_prepack", action="store_true", help="leave the weights as they are on a CPU (default: reorder them)")
+    strategies = "none, budgeted, patience, entropy or max_prob"
+    add("--exit_strategy", help=f"when a row leaves: {strategies} (default: the model's)")
+    add("--patience", type=int, help="agreeing exits, for patience (default: the model's)")
+    add("--budgeted_exit", type=int, help="layer at which all leave, for budgeted (default: the model's)")
+    add("--exit_threshold", type=float, help="in [0, 1], for entropy and max_prob (default: the model's)")
+    for name, kind, default, text in KNOBS:
+        add(f"--{name}", type=kind, default=default, help=text)
+    add(
+        "--admin_token",
+        default=os.environ.get(TOKEN_VARIABLE),
+        help=f"who shows it may change knobs by PUT /config; better in the environment variable {TOKEN_VARIABLE}, "
+        "where others on the machine cannot read it (default: nobody may)",
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Returns 0 after a drain; argparse leaves with 2 where the server could not start."""
+    parser = make_parser()
+    options = parser.parse_args(argv)
+    is_export = (Path(options.model) / "embeddings.onnx").is_file()
+    if (problem := _wrong_options(options, is_export) or _wrong_model(options.model, is_export)) is not None:
+        parser.error(problem)
+    try:
+        import uvicorn
+
+        from gaml_hf.runtime.serving import DrainingServer, ServerSettings, make_app
+    except ImportError as error:
+        parser.error(f"The server needs more packages: `pip install gaml_hf[serve]`. {error}")
+    import torch
+
+    from gaml_hf.runtime.scoring import ClassifierLoader
+
+    device = options.device or ("cuda" if torch.cuda.is_available() and not is_export else "cpu")
+    prepack = device == "cpu" and not is_export and not options.no_prepack
+    names = (*EXITS, *(name for name, *_ in KNOBS))
+    try:
+        settings = ServerSettings(**{name: getattr(options, name) for name in names})
+    except ValueError as error:
+        parser.error(_in_words_of_the_command(str(error), vars(options)))
+    load = ClassifierLoader(options.model, is_export, device, options.num_threads, prepack)
+    app = make_app(load, settings, name=options.model, admin_token=options.admin_token)
+    server = DrainingServer(uvicorn.Config(app, host=options.host, port=options.port, access_log=False))
+    server.run()
+    if (failure := app.state.service.failure) is not None:
+        parser.error(_in_words_of_the_command(str(failure), vars(options)))
+    return 0
+
+
+def _wrong_options(options: argparse.Namespace, is_export: bool) -> str | None:
+    if is_export and options.device not in (None, "cpu"):
+        return f"`--device` must be cpu for an export to ONNX. Got `--device {options.device}`."
+    if not 0 <= options.port <= 65535:
+        return f"`--port` must be between 0 and 65535. Got `--port {options.port}`."
+    if options.num_threads is not None and options.num_threads < 1:
+        return f"`--num_threads` must be at least 1. Got `--num_threads {options.num_threads}`."
+    if options.admin_token is not None and not options.admin_token.strip():
+        return "`--admin_token` must hold more than blanks."
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
