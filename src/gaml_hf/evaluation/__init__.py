@@ -1,5 +1,6 @@
-"""What one pass over the data tells: the score of every exit, and the score and speed-up of every exit policy."""
+"""What one pass over the data tells: the score of every exit, the score and speed-up of every policy, and its risk."""
 
+from .certificate import RISKS, ExitCertificate, certify, observed_risk, rows_needed
 from .choice import OperatingPoint, calibrate, choose, replay, sweep
 from .metrics import ExitMetrics, warn_of_one_class
 from .scores import Score, exit_mean, one_class_exits, overthinking, score_exits
@@ -7,18 +8,23 @@ from .speed import flops_speed_up, latency_speed_up, layer_speed_up
 
 
 __all__ = [
+    "RISKS",
+    "ExitCertificate",
     "ExitMetrics",
     "OperatingPoint",
     "Score",
     "calibrate",
+    "certify",
     "choose",
     "exit_mean",
     "flops_speed_up",
     "latency_speed_up",
     "layer_speed_up",
+    "observed_risk",
     "one_class_exits",
     "overthinking",
     "replay",
+    "rows_needed",
     "score_exits",
     "sweep",
     "warn_of_one_class",

@@ -42,7 +42,7 @@ class OperatingPoint:
 
     def config_fields(self) -> dict[str, Any]:
         """What to set on the config for this point, as `{"exit_strategy": "patience", "patience": 3}`."""
-        return _policy_fields(self.exit_strategy, self.parameter)
+        return policy_fields(self.exit_strategy, self.parameter)
 
     def within(self, target: tuple[float, float]) -> bool:
         """Whether the speed-up lies in `target`, both ends included."""
@@ -104,7 +104,7 @@ def sweep(
     points = []
     for parameter in _parameter_values(exit_strategy, exit_logits, config) if values is None else values:
         trial = copy.copy(config)
-        vars(trial).update(_policy_fields(exit_strategy, parameter))
+        vars(trial).update(policy_fields(exit_strategy, parameter))
         predictions, exit_layer = replay(exit_logits, trial)
         points.append(
             OperatingPoint(
@@ -189,7 +189,8 @@ def calibrate(exit_logits: np.ndarray | Tensor, labels: np.ndarray | Tensor) -> 
     return torch.where(says_nothing, 1.0, (low * high).sqrt().clamp(MIN_TEMPERATURE, MAX_TEMPERATURE)).tolist()
 
 
-def _policy_fields(exit_strategy: str, parameter: int | float | None) -> dict[str, Any]:
+def policy_fields(exit_strategy: str, parameter: int | float | None) -> dict[str, Any]:
+    """What to set on a config for a strategy with this parameter."""
     name = policy_class(exit_strategy).parameter
     return {"exit_strategy": exit_strategy} | ({} if name is None else {name: parameter})
 
@@ -204,7 +205,7 @@ def _parameter_values(exit_strategy: str, exit_logits: Tensor, config: Any) -> l
         return _thresholds(normalized_entropy(exit_logits).numpy(), config.exit_layers, np.minimum)
     if exit_strategy == "max_prob":
         return _thresholds(exit_logits.float().softmax(dim=-1).amax(dim=-1).numpy(), config.exit_layers, np.maximum)
-    if len(_policy_fields(exit_strategy, None)) > 1:
+    if len(policy_fields(exit_strategy, None)) > 1:
         raise ValueError(f"`values` must say what to try with `exit_strategy={exit_strategy!r}`. Got None.")
     return [None]
 

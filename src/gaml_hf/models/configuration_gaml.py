@@ -5,8 +5,12 @@ import re
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
-from .exiting_gaml import policy_from_config
+from transformers.utils import logging
 
+from .exiting_gaml import policy_class, policy_from_config
+
+
+logger = logging.get_logger(__name__)
 
 # The letter of the paper, where our defaults depart from it: fields of a configuration.
 PAPER_LETTER = {
@@ -16,6 +20,8 @@ PAPER_LETTER = {
     "kd_reduction": "sum",  # Eq. 3
     "ga_granularity": "global",  # Eqs. 4-7
 }
+# What decides the answers of an exit policy, beside the weights and its own parameter.
+CERTIFIED_FIELDS = ("exit_layers", "exit_temperatures", "exit_pooling", "exit_pooler", "exit_norm")
 
 
 @dataclass(kw_only=True, repr=False, eq=False)
@@ -83,6 +89,10 @@ class GamlConfigMixin:
             `[0, 1]`.
         exit_temperatures (`list[float]`, *optional*):
             Calibration: at inference the logits of each exit are divided by its temperature, above 0. One per exit.
+        exit_certificate (`dict`, *optional*):
+            What leaving early may cost, as `gaml_hf.evaluation.certify` found it. It is dropped, with a warning, where
+            this config does not have the policy, the parameter, the temperatures and the exits that were certified,
+            and once the model is trained on; it is not saved where they were changed later.
     """
 
     # Of a family's class, beside its `model_type`: `model_type` of the plain checkpoints that it starts from.
@@ -110,6 +120,7 @@ class GamlConfigMixin:
     patience: int | None = None
     exit_threshold: float | int | None = None
     exit_temperatures: list[float | int] | None = None
+    exit_certificate: dict[str, Any] | None = None
 
     # So that a Trainer's predictions are the logits alone, as `compute_metrics` of the usual examples expects them.
     # Whoever wants the exits asks with `ignore_keys`, see `ExitMetrics`.
@@ -121,6 +132,12 @@ class GamlConfigMixin:
             _check_class_numbers(self.id2label)
         if self.exit_layers is None:
             self.exit_layers = list(range(1, self.num_hidden_layers + 1))
+        if self.exit_certificate is not None and not self.certificate_holds:
+            logger.warning(
+                "`exit_certificate` was made for another exit policy, other temperatures or other exits than this "
+                "config has. It is dropped; `gaml_hf.evaluation.certify` makes another."
+            )
+            self.exit_certificate = None
         # A repository is used through these names, whether this package wrote it or a copy loaded from a Hub.
         # Both are set afresh: a dict shared with another config, or a "repo--" prefix, must not survive a second save.
         family = self._family()
@@ -149,6 +166,17 @@ class GamlConfigMixin:
     def num_exits(self) -> int:
         """M, the number of exits."""
         return len(self.exit_layers)
+
+    @property
+    def certificate_holds(self) -> bool:
+        """Whether there is a certificate, of the policy, the parameter, the temperatures and the exits as they are."""
+        found = self.exit_certificate
+        if found is None or found.get("exit_strategy") != self.exit_strategy:
+            return False
+        name = policy_class(self.exit_strategy).parameter
+        parameter = None if name is None else getattr(self, name)
+        exits = {field: getattr(self, field) for field in CERTIFIED_FIELDS}
+        return (found.get("parameter"), found.get("exits")) == (parameter, exits)
 
     @property
     def comes_with_exits(self) -> bool:
@@ -224,6 +252,12 @@ class GamlConfigMixin:
             {**config_dict, **{key: kwargs[key] for key in known}},
             **{key: value for key, value in kwargs.items() if key not in known},
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        output = super().to_dict()
+        if not self.certificate_holds:  # changed since it was made: a saved config promises nothing that is not so
+            output["exit_certificate"] = None
+        return output
 
     def truncated(self, num_hidden_layers: int) -> dict[str, Any]:
         """What changes where only the first layers are kept, beside the exits."""
@@ -335,4 +369,4 @@ def _check_class_numbers(id2label: Any) -> None:
         ) from None
 
 
-__all__ = ["PAPER_LETTER", "GamlConfigMixin"]
+__all__ = ["CERTIFIED_FIELDS", "PAPER_LETTER", "GamlConfigMixin"]

@@ -24,7 +24,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .checksums_gaml import verify_weights, weight_files, write_checksum
 from .configuration_gaml import GamlConfigMixin
 from .engine_gaml import LAYER_FUNCTIONS, EncoderHooks, Layout, PrepackedLinear, bfloat16_cost, prepacking_gain
-from .exiting_gaml import ExitPolicy, policy_from_config
+from .exiting_gaml import ExitPolicy, policy_from_config, shown
 
 # Not used here: a save copies only the files that this one imports. Inference Endpoints look for the handler, and the
 # config names the pipeline.
@@ -37,7 +37,7 @@ logger = logging.get_logger(__name__)
 
 # Chosen or fitted for the exits as they were trained, and for their classes.
 FIELDS_OF_THE_EXITS = ("exit_strategy", "budgeted_exit", "patience", "exit_threshold", "exit_temperatures")
-FIELDS_OF_THE_EXITS += ("class_weights",)
+FIELDS_OF_THE_EXITS += ("class_weights", "exit_certificate")
 
 
 @dataclass
@@ -315,6 +315,12 @@ class ExitsMixin(EncoderHooks):
         )
 
     def train(self, mode: bool = True):
+        if mode and self.config.exit_certificate is not None:
+            self.config.exit_certificate = None
+            logger.warning(
+                "`exit_certificate` was made for the weights as they were before this training. It is dropped; "
+                "`gaml_hf.evaluation.certify` makes another."
+            )
         if mode and (sentence := self.untrainable_exits()):  # for stock Trainers; a GamlTrainer refuses
             logger.warning_once(sentence)
         return super().train(mode)
@@ -716,7 +722,7 @@ def _forget_the_old_exits(config: GamlConfigMixin, name: str | os.PathLike, kwar
         # A `config` does not tell which of its fields were set by hand: those that are not as stored.
         if field not in kwargs and value != default and value == stored.get(field):
             setattr(config, field, default)
-            gone.append(f"`{field}={value!r}`")
+            gone.append(f"`{field}={shown(value) if isinstance(value, dict) else repr(value)}`")
     if gone:
         logger.warning(
             f"The exits of `{name}` are new, for {config.num_labels} classes. What was chosen for the old ones is "

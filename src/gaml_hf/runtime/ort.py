@@ -5,6 +5,7 @@ A graph cannot be left in its middle, so the model is cut where rows may leave: 
 segments, and the next one is given only the rows that stay. Needs `pip install gaml_hf[onnx]`.
 """
 
+import copy
 import os
 import shutil
 from collections.abc import Iterator
@@ -88,7 +89,13 @@ def export_onnx(
             f"Got {_activation(model.config)!r}."
         )
     with _new_folder(folder) as stage:
-        model.config.to_json_file(stage / "config.json")
+        config = copy.deepcopy(model.config)
+        if precision == "int8" and config.exit_certificate is not None:
+            config.exit_certificate = None
+            logger.warning(
+                "`exit_certificate` was made for the logits of the model itself. The int8 export has others, and none."
+            )
+        config.to_json_file(stage / "config.json")
         if tokenizer is not None:
             save_tokenizer(tokenizer, stage)
         for name in segment_files(model.config):
