@@ -47,18 +47,23 @@ from transformers import (
 from gaml_hf import PAPER_LETTER, GamlAutoConfig, GamlAutoModelForSequenceClassification, GamlTrainer, __version__
 from gaml_hf.data.files import RowFile, class_names, encode_labels, find_text_columns, known_classes, read_split
 from gaml_hf.evaluation import (
+    RISKS,
+    ExitCertificate,
     ExitMetrics,
     OperatingPoint,
     calibrate,
+    certify,
     choose,
     exit_mean,
     flops_speed_up,
     latency_speed_up,
     layer_speed_up,
+    observed_risk,
     one_class_exits,
     overthinking,
     plots,
     replay,
+    rows_needed,
     score_exits,
     sweep,
     warn_of_one_class,
@@ -230,9 +235,24 @@ class GamlArguments:
     budgeted_exit: int | None = field(
         default=None, metadata={"help": "For budgeted. Chosen for `target_speed_up` where not given."}
     )
-    target_speed_up: list[float] = field(
-        default_factory=lambda: [1.8, 2.1],
-        metadata={"help": "Range of the speed-up in layers for which the policy is chosen (Sec. 6.4: 1.8 to 2.1)."},
+    target_speed_up: list[float] | None = field(
+        default=None,
+        metadata={"help": "Range of the speed-up in layers for which the policy is chosen (1.8 to 2.1, as Sec. 6.4)."},
+    )
+    max_loss: float | None = field(
+        default=None,
+        metadata={
+            "help": "In the place of `target_speed_up`: the fastest policy that is promised to cost at most this "
+            "share of the texts. The promise is made on half of the rows set aside, which choose nothing else."
+        },
+    )
+    confidence: float = field(default=0.9, metadata={"help": "The probability with which `max_loss` is kept."})
+    risk: str = field(
+        default="disagreement",
+        metadata={
+            "help": "What `max_loss` limits: disagreement (another answer than the last exit's) or accuracy_loss "
+            "(a wrong answer where the last exit's is right)."
+        },
     )
     calibrate_exits: bool = field(
         default=False, metadata={"help": "Fit a temperature for each exit, so that its probabilities can be trusted."}
@@ -251,6 +271,13 @@ class GamlArguments:
     def __post_init__(self):
         if self.distillation is not None and self.distillation.lstrip().startswith("["):
             self.distillation = json.loads(self.distillation)
+        if self.max_loss is not None:
+            if self.target_speed_up is not None:
+                raise ValueError("`target_speed_up` and `max_loss` both choose the exit policy. Give one of them.")
+            rows_needed(self.max_loss, self.confidence)  # says what is wrong with them
+            if self.risk not in RISKS:
+                raise ValueError(f"`risk` must be one of {list(RISKS)}. Got `risk={self.risk!r}`.")
+        self.target_speed_up = [1.8, 2.1] if self.target_speed_up is None else self.target_speed_up
         if len(self.target_speed_up) != 2 or not 1 <= self.target_speed_up[0] <= self.target_speed_up[1]:
             raise ValueError(
                 f"`target_speed_up` must be a range such as `1.8 2.1`, from 1 up. Got {self.target_speed_up}."
@@ -441,15 +468,22 @@ def main(argv: list[str] | None = None) -> dict:
     old_checkpoints, resume = what_to_resume(training_args)
     if gaml_args.exit_strategy is None and training_args.do_train:
         gaml_args.exit_strategy = "patience"  # the paper's (Sec. 6.5)
+    if gaml_args.max_loss is not None and not gaml_args.policy_is_open:
+        raise ValueError(
+            "`max_loss` chooses the parameter of an exit strategy: give an `exit_strategy` such as entropy, and no "
+            f"parameter of it. Got `exit_strategy={gaml_args.exit_strategy!r}`."
+        )
     load_config(model_args, gaml_args, class_weights=None)  # before any row is read; the classes are not known yet
 
     data = read_data(model_args, data_args, training_args)
     model, tokenizer = load_model(model_args, gaml_args, data.label_names, data.task)
     encode(data, model.config, tokenizer, data_args, training_args)
-    train_rows, holdout_rows = set_aside(data, data_args, gaml_args, training_args)
+    train_rows, holdout_rows, promise_rows = set_aside(data, data_args, gaml_args, training_args)
     score, main_metric = make_score(data, model.config, data_args)
     trainer = make_trainer(model, tokenizer, train_rows, holdout_rows, score, main_metric, gaml_args, training_args)
-    run = describe(argv, data, tokenizer, train_rows, holdout_rows, model_args, data_args, training_args)
+    rows = {"train": len(train_rows or ()), "holdout": len(holdout_rows or ())}
+    rows |= {} if promise_rows is None else {"promise": len(promise_rows)}
+    run = describe(argv, data, tokenizer, rows, model_args, data_args, training_args)
 
     if training_args.do_train:
         if training_args.overwrite_output_dir and not resume and trainer.is_world_process_zero():
@@ -458,7 +492,7 @@ def main(argv: list[str] | None = None) -> dict:
         run |= train(trainer, resume)
     is_chosen = holdout_rows is not None and (gaml_args.policy_is_open or gaml_args.calibrate_exits)
     if is_chosen:
-        run |= choose_policy(trainer, holdout_rows, score, main_metric, gaml_args)
+        run |= choose_policy(trainer, holdout_rows, promise_rows, score, main_metric, gaml_args)
     run["config"] = model.config.to_dict()
     tables = []
     if training_args.do_eval:
@@ -632,9 +666,9 @@ def first(part: Dataset, limit: int | None) -> Dataset:
 
 def set_aside(
     data: Data, data_args: DataTrainingArguments, gaml_args: GamlArguments, training_args: GamlTrainingArguments
-) -> tuple[Dataset | None, Dataset | None]:
-    """The rows to train on, and those set aside to choose checkpoint and policy."""
-    train_rows = holdout_rows = None
+) -> tuple[Dataset | None, Dataset | None, Dataset | None]:
+    """The rows to train on, those set aside to choose checkpoint and policy, and those set aside to promise on."""
+    train_rows = holdout_rows = promise_rows = None
     if "train" in data.rows:
         # Shuffled before it is cut: the first rows of a sorted file may all be of one class.
         shuffled = data.rows["train"].shuffle(seed=training_args.data_seed or training_args.seed)
@@ -642,6 +676,18 @@ def set_aside(
         num_holdout = round(len(shuffled) * gaml_args.holdout_fraction)
         holdout_rows = shuffled.select(range(num_holdout)) if num_holdout else None
         train_rows = shuffled.select(range(num_holdout, len(shuffled)))
+        if gaml_args.max_loss is not None and num_holdout:
+            num_choice = num_holdout // 2
+            needed = rows_needed(gaml_args.max_loss, gaml_args.confidence)
+            if num_holdout - num_choice < needed:
+                raise ValueError(
+                    f"`max_loss={gaml_args.max_loss}` at `confidence={gaml_args.confidence}` needs at least {needed} "
+                    "rows, and as many to choose the checkpoint. "
+                    f"`holdout_fraction={gaml_args.holdout_fraction}` sets {num_holdout} of {len(shuffled)} aside. "
+                    "Raise it or `max_loss`, or lower `confidence`."
+                )
+            promise_rows = holdout_rows.select(range(num_choice, num_holdout))
+            holdout_rows = holdout_rows.select(range(num_choice))
     if holdout_rows is None:
         if training_args.do_train:
             logger.warning("No rows are set aside (`holdout_fraction`): the last checkpoint is kept, not the best.")
@@ -651,7 +697,7 @@ def set_aside(
                 f"`exit_strategy={gaml_args.exit_strategy!r}` needs its parameter, or training rows set aside to "
                 "choose it (`holdout_fraction` above 0)."
             )
-    return train_rows, holdout_rows
+    return train_rows, holdout_rows, promise_rows
 
 
 # Training
@@ -704,8 +750,7 @@ def describe(
     argv: list[str],
     data: Data,
     tokenizer: PreTrainedTokenizerBase,
-    train_rows: Dataset | None,
-    holdout_rows: Dataset | None,
+    rows: dict[str, int],
     model_args: ModelArguments,
     data_args: DataTrainingArguments,
     training_args: GamlTrainingArguments,
@@ -728,10 +773,7 @@ def describe(
         "hardware": f"{training_args.device.type}, threads: {torch.get_num_threads()}"
         if training_args.device.type == "cpu"
         else torch.cuda.get_device_name(training_args.device),
-        "rows": {
-            "train": 0 if train_rows is None else len(train_rows),
-            "holdout": 0 if holdout_rows is None else len(holdout_rows),
-        },
+        "rows": rows,
         "columns": {"text": data.columns, "label": data_args.label_column},
         "classes": data.class_counts(),
         "positive_label": data.positive_label,
@@ -757,18 +799,31 @@ def train(trainer: GamlTrainer, resume: str | bool | None) -> dict:
 def choose_policy(
     trainer: GamlTrainer,
     holdout_rows: Dataset,
+    promise_rows: Dataset | None,
     score: Callable[[np.ndarray, np.ndarray], dict[str, float]],
     main_metric: str,
     gaml_args: GamlArguments,
 ) -> dict:
-    """Temperatures and the policy's parameter, by the rows set aside, into the config."""
+    """Temperatures, the policy's parameter and what is promised of it, by the rows set aside, into the config."""
     config, run = trainer.model.config, {}
     if gaml_args.calibrate_exits:
         config.exit_temperatures = None
         exit_logits, labels = predict_exits(trainer, holdout_rows)
         config.exit_temperatures = calibrate(exit_logits, labels)
     exit_logits, labels = predict_exits(trainer, holdout_rows)
-    if gaml_args.policy_is_open:
+    if promise_rows is not None:
+        found = certify(
+            *predict_exits(trainer, promise_rows),
+            config,
+            gaml_args.exit_strategy,
+            gaml_args.max_loss,
+            gaml_args.confidence,
+            risk=gaml_args.risk,
+        )
+        for key, value in found.config_fields().items():
+            setattr(config, key, value)
+        run = {"certificate": asdict(found)}
+    elif gaml_args.policy_is_open:
         points = sweep(exit_logits, labels, config, gaml_args.exit_strategy, score, main_metric)
         chosen = choose(points, tuple(gaml_args.target_speed_up))
         for key, value in chosen.config_fields().items():
@@ -882,6 +937,8 @@ def evaluate(
         "speed_up": layer_speed_up(exit_layer, config.num_hidden_layers),
         "flops_speed_up": flops_speed_up(model, exit_layer, [len(ids) for ids in part["input_ids"]]),
     }
+    if (certificate := ExitCertificate.from_config(config)) is not None:
+        policy["observed_risk"] = observed_risk(exit_logits, labels, config, certificate.risk)
     if latency_rows and config.exit_strategy != "none":
         # Evenly spaced, so that the rows' lengths are those of the split.
         spaced = np.linspace(0, len(part) - 1, min(latency_rows, len(part))).astype(int)
@@ -935,6 +992,12 @@ def score_table(split: str, evaluation: dict, run: dict) -> str:
     name = policy["exit_strategy"] + ("" if policy["parameter"] is None else f" {policy['parameter']:.4g}")
     lines.append(name.ljust(22) + "".join(f"{policy[key]:.4f}".rjust(width) for key in names))
     lines.append(policy_line("speed-up", policy))
+    if run["config"]["exit_certificate"] is not None:
+        found = ExitCertificate(**run["config"]["exit_certificate"])
+        lines.append(
+            f"promised: {found.promise()} ({found.num_rows} rows set aside, {found.num_lost} lost); "
+            f"here {policy['observed_risk']:.4f}"
+        )
     if "chosen" in run:
         low, high = run["target_speed_up"]
         missed = "" if low <= policy["speed_up"] <= high else ": missed"

@@ -4,7 +4,7 @@ import copy
 import hashlib
 import json
 import logging
-from dataclasses import FrozenInstanceError, asdict
+from dataclasses import FrozenInstanceError, asdict, replace
 from fractions import Fraction
 from math import comb
 
@@ -142,7 +142,7 @@ def test_the_promise_is_kept(exit_strategy, risk, caplog):
     found = draws(population, labels, exit_strategy, risk, num_rows=400, max_loss=0.05)
     assert found["certified"] <= MOST_BROKEN
     if exit_strategy in ("entropy", "max_prob"):
-        assert found["naive"] > 0.24  # the control: on these draws a promise can be broken
+        assert found["naive"] > 0.24  # the control: a promise can be broken on these draws
         assert found["fast"] > 0.9  # and it is not kept by never leaving early
 
 
@@ -171,10 +171,11 @@ def test_the_fastest_before_the_first_that_fails(exit_strategy, risk):
     exit_logits, labels = texts(500, seed=1)
     config = with_exits(6)
     values = few_values(exit_strategy, config)
-    found = certify(exit_logits, labels, config, exit_strategy, 0.1, 0.8, risk=risk, values=values)
+    max_loss = {"budgeted": 0.2, "patience": 0.08}.get(exit_strategy, 0.1)
+    found = certify(exit_logits, labels, config, exit_strategy, max_loss, 0.8, risk=risk, values=values)
     lost = [sum(losses(exit_logits, labels, config, exit_strategy, value, risk)) for value in values]
     limits = [binomtest(k, 500, alternative="less").proportion_ci(0.8).high for k in lost]  # another road to the test
-    first_failure = next((i for i, limit in enumerate(limits) if limit > 0.1), len(values))
+    first_failure = next((i for i, limit in enumerate(limits) if limit > max_loss), len(values))
     assert first_failure > 0  # of these rows
     chosen = values.index(found.parameter)
     assert (found.exit_strategy, found.num_rows, found.num_lost) == (exit_strategy, 500, lost[chosen])
@@ -330,6 +331,56 @@ def test_what_it_tells():
     )
     with raises(FrozenInstanceError):
         found.max_loss = 0.01
+
+
+# What it allows under load
+
+
+def test_bounds_of_the_exits_and_the_lowest_cap():
+    exit_logits, labels = texts(800)
+    config = with_exits(6)
+    found = certify(exit_logits, labels, config, "entropy", 0.05, 0.9)
+    for m in range(5):
+        lost = sum(losses(exit_logits, labels, config, "budgeted", m + 1, "disagreement"))
+        limit = binomtest(lost, 800, alternative="less").proportion_ci(1 - 0.1 / 5).high
+        assert found.exit_bounds[m] == approx(limit, abs=1e-9)
+    assert found.exit_bounds[5] == 0.0  # the last exit never differs from itself
+    assert found.lowest_cap(0.049) is None  # below what the policy itself may cost
+    assert found.lowest_cap(0.05) == 6
+    assert found.lowest_cap(0.05 + found.exit_bounds[4]) == 5
+    assert found.lowest_cap(0.05 + found.exit_bounds[4] - 1e-9) == 6
+    assert found.lowest_cap(2.0) == 1
+    uneven = replace(found, exit_bounds=[0.01, 0.5, 0.02, 0.02, 0.01, 0.0])
+    assert uneven.lowest_cap(0.1) == 3  # though exit 1 would fit: on its way down the cap stands at exit 2
+    assert replace(found, exit_strategy="none").lowest_cap(0.0) == 6
+
+
+def test_bounds_where_every_row_loses():
+    exit_logits, _ = texts(200)
+    exit_logits[:, :-1] = -exit_logits[:, -1:]
+    assert certify(exit_logits, None, with_exits(6), "budgeted", 0.02).exit_bounds == [1.0] * 5 + [0.0]
+    assert certify(exit_logits[:, -1:], None, with_exits(6, exit_layers=[6]), "entropy", 0.02).exit_bounds == [0.0]
+
+
+@mark.parametrize("cap", [1, 3, 5])
+def test_rows_made_to_leave_lose_where_policy_or_exit_does(cap):
+    exit_logits, labels = texts(800, seed=3)
+    config = with_exits(6, exit_strategy="entropy", exit_threshold=0.3)
+    position = np.minimum(replay(exit_logits, config)[1], cap) - 1
+    answers = exit_logits.argmax(-1)
+    capped = (answers[np.arange(800), position] != answers[:, -1]).mean()
+    assert (
+        0
+        < capped
+        <= observed_risk(exit_logits, None, config, "disagreement") + (answers[:, cap - 1] != answers[:, -1]).mean()
+    )
+
+
+def test_rows_that_contradict_it():
+    found = certify(*texts(800), with_exits(6), "entropy", 0.05)
+    tail = [binom.sf(k - 1, 500, 0.05) for k in range(60)]
+    for lost in range(60):
+        assert found.is_contradicted(lost, 500) == (tail[lost] < 0.001)
 
 
 # Where it goes, and where it is dropped

@@ -387,6 +387,42 @@ def test_a_speed_up_that_no_policy_reaches_is_told(common, files, tmp_path, caps
     assert run["target_speed_up"] == [2.5, 3.5]
 
 
+def test_a_policy_by_what_it_may_cost(common, files, tmp_path, capsys):
+    """The promise is made on rows that neither trained nor chose the checkpoint, and told wherever results are."""
+    words = [*common, *with_files(files, "train", "validation"), "--do_train", "--do_eval", "--max_steps", "2"]
+    words += "--exit_strategy entropy --holdout_fraction 0.5 --max_loss 0.4 --calibrate_exits".split()
+    run = run_glue_gaml.main([*words, "--risk", "accuracy_loss"])
+    found, rows = run["certificate"], run["rows"]
+    assert found["num_rows"] == rows["promise"] == rows["holdout"] == 40
+    assert sum(rows.values()) == 160
+    assert (found["max_loss"], found["confidence"], found["risk"]) == (0.4, 0.9, "accuracy_loss")
+    assert found["exits"]["exit_temperatures"] == run["config"]["exit_temperatures"] is not None
+    assert "chosen" not in run
+    policy = run["evaluation"]["validation"]["policy"]
+    assert (policy["exit_strategy"], policy["parameter"]) == (found["exit_strategy"], found["parameter"])
+    out = tmp_path / "out"
+    assert json.loads((out / "config.json").read_text())["exit_certificate"] == found
+    assert json.loads((out / "run.json").read_text())["certificate"] == found
+    promise = "at most 0.4 of the texts get a wrong answer where the last exit's is right, with confidence 0.9"
+    assert promise in (out / "README.md").read_text()
+    line = f"promised: {promise} ({found['num_rows']} rows set aside, {found['num_lost']} lost); here "
+    assert line + f"{policy['observed_risk']:.4f}" in capsys.readouterr().out
+    # Read back: who scores the checkpoint is told what was promised.
+    again = [*common, *with_files(files, "validation"), "--do_eval", "--model_name_or_path", str(out)]
+    again[again.index("--output_dir") + 1] = str(tmp_path / "again")
+    assert run_glue_gaml.main(again)["evaluation"]["validation"]["policy"]["observed_risk"] == policy["observed_risk"]
+    assert line in capsys.readouterr().out
+
+
+def test_a_promise_that_no_row_could_support(common, files):
+    words = [*common, *with_files(files, "train"), "--do_train", "--max_loss", "0.01"]
+    message = (
+        "`max_loss=0.01` at `confidence=0.9` needs at least 230 rows, .* `holdout_fraction=0.1` sets 16 of 160 aside"
+    )
+    with raises(ValueError, match=message):
+        run_glue_gaml.main(words)
+
+
 def test_glue_task_from_a_local_folder(common, glue_folder):
     words = [*common, "--dataset_name", str(glue_folder / "mrpc"), "--task_name", "MRPC", "--do_eval", "--do_predict"]
     words += "--max_eval_samples 20 --max_train_samples 40 --max_predict_samples 10 --exit_strategy budgeted".split()
@@ -601,6 +637,12 @@ def test_a_training_that_diverges_keeps_what_was_good(common, files, tmp_path):
         ("--task_name sst2 --alpha 2", r"^`alpha` must lie in \[0, 1\]. Got `alpha=2.0`.$"),
         ("--task_name sst2 --max_train_samples 0", "`max_train_samples` must be at least 1"),
         ("--task_name sst2 --target_speed_up 2 1", "`target_speed_up` must be a range"),
+        ("--task_name sst2 --max_loss 0.01 --target_speed_up 2 3", "both choose the exit policy. Give one of them"),
+        ("--task_name sst2 --max_loss 1", "`max_loss` must be a number above 0 and below 1. Got `max_loss=1.0`"),
+        ("--task_name sst2 --max_loss 0.1 --confidence 90", "`confidence` must be a number above 0 and below 1"),
+        ("--task_name sst2 --max_loss 0.1 --risk f1", "`risk` must be one of"),
+        ("--task_name sst2 --max_loss 0.1 --patience 2 --do_train", "`max_loss` chooses the parameter .*='patience'`"),
+        ("--task_name sst2 --max_loss 0.1", "give an `exit_strategy` such as entropy, .* Got `exit_strategy=None`"),
         ("--task_name sst2 --class_weights equal", "`class_weights` must be `balanced` or one number .* Got equal"),
         ("--task_name sst2 --holdout_fraction 1.5", "`holdout_fraction` must lie in"),
     ],

@@ -26,10 +26,12 @@ import gaml_serve
 from benchmarks import serving as benchmark
 from conftest import WORDS as VOCABULARY
 from gaml_hf import PAPER_LETTER, GamlBertConfig, GamlBertForSequenceClassification, GamlTextClassificationPipeline
+from gaml_hf.evaluation import ExitCertificate
+from gaml_hf.models.configuration_gaml import CERTIFIED_FIELDS
 from gaml_hf.runtime.batching import Item, MicroBatcher, take_batch
 from gaml_hf.runtime.ort import export_onnx
 from gaml_hf.runtime.scoring import ClassifierLoader
-from gaml_hf.runtime.serving import PARAMETERS, ServerSettings, make_app, read_query
+from gaml_hf.runtime.serving import PARAMETERS, Refusal, ServerSettings, make_app, read_query
 
 
 TEXTS = ["a good film", "dull and sad", "he was so very funny", "the worst plot of the movie", "great"]
@@ -64,6 +66,36 @@ def folder(model, tokenizer, tmp_path):
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     return tmp_path / "model"
+
+
+@fixture
+def certificate(model):
+    """What the model is promised to lose at most, in its config, as a test wants it."""
+
+    def certify(max_loss=0.1, risk="disagreement"):
+        config = model.config
+        found = ExitCertificate(
+            exit_strategy="patience",
+            parameter=1,
+            risk=risk,
+            max_loss=max_loss,
+            confidence=0.9,
+            num_rows=100,
+            num_lost=4,
+            bound=0.08,
+            speed_up=2.0,
+            exit_bounds=[0.4, 0.1, 0.05, 0.0],
+            method="by hand",
+            rows_sha256="",
+            date="2026-01-31",
+            versions={},
+            exits={field: getattr(config, field) for field in CERTIFIED_FIELDS},
+        )
+        config.exit_certificate = dataclasses.asdict(found)
+        return found
+
+    yield certify
+    model.config.exit_certificate = None
 
 
 @fixture
@@ -319,7 +351,8 @@ def test_shadow_traffic_counts_the_classes_that_differ_at_full_depth(classifier)
             assert [answers[0]["label"] for answers in response.json()] == first
             while metric(told := (await client.get("/metrics")).text, "gaml_shadow_rows_total") < 30:
                 await asyncio.sleep(0.002)
-            client.service.change({"budgeted_exit": None, "exit_strategy": "none"})  # with which none can differ
+            # With which none can differ, unless the cap acts.
+            client.service.change({"budgeted_exit": None, "exit_strategy": "none", "slo_ms": None})
             await client.post("/predict", json={"inputs": [[text] for text in texts]})
             while metric((await client.get("/metrics")).text, "gaml_shadow_rows_total") < 60:
                 await asyncio.sleep(0.002)
@@ -332,6 +365,84 @@ def test_shadow_traffic_counts_the_classes_that_differ_at_full_depth(classifier)
     assert metric(later, "gaml_shadow_disagreements_total") == differ
     assert metric(told, "gaml_exit_layer_count") == 31  # of what was answered, and the probe
     assert metric(later, "gaml_shadow_rows_total") == 60
+
+
+# The certificate
+
+
+def test_the_cap_stops_where_the_certificate_does(classifier, certificate):
+    """Exit 1 may differ in 0.4 of the rows, exit 2 in 0.1, the policy itself in 0.1."""
+    found = certificate()
+
+    async def lowest(**knobs):
+        async with serving(lambda: classifier, slo_ms=100, **knobs) as client:
+            info = (await client.get("/info")).json()
+            assert info["certificate"] == found.promise()
+            client.service.exit_cap.ran(1, 1000.0)  # far too slow
+            for _ in range(9):
+                client.service.exit_cap.update(1000)
+            response = await client.post("/predict", json={"inputs": [[text] for text in TEXTS]})
+            layers = [labels[0]["exit_layer"] for labels in response.json()]
+            return client.service.exit_cap.exit_layer, max(layers)
+
+    assert asyncio.run(lowest()) == (1, 1)
+    assert asyncio.run(lowest(max_disagreement=0.5)) == (1, 1)
+    assert asyncio.run(lowest(max_disagreement=0.2)) == (2, 2)
+    assert asyncio.run(lowest(max_disagreement=0.2, min_exit=3)) == (3, 3)
+    assert asyncio.run(lowest(max_disagreement=0.5, min_exit=2)) == (2, 2)
+    assert asyncio.run(lowest(max_disagreement=0.1)) == (4, 4)
+
+
+@mark.parametrize(
+    ("knobs", "risk", "message"),
+    [
+        ({"max_disagreement": 0.2}, None, "`max_disagreement` needs a checkpoint with a certificate .* Got none."),
+        ({"max_disagreement": 0.2}, "accuracy_loss", "a certificate of disagreement, .* Got one of accuracy_loss."),
+        ({"max_disagreement": 0.05}, "disagreement", "must be at least the 0.1 that the certificate promises"),
+        ({"max_disagreement": 0.2, "patience": 1}, "disagreement", "own exit policy, .*: leave `patience` out"),
+        ({"max_disagreement": 0.2, "min_exit": 9}, "disagreement", "`min_exit` must be one of the exits"),
+        ({"max_disagreement": 0.2, "slo_ms": None}, "disagreement", "`max_disagreement` is read with `slo_ms` alone"),
+        ({"max_disagreement": 2}, "disagreement", r"`max_disagreement` must be a number in \[0, 1\]"),
+    ],
+)
+def test_what_no_certificate_allows(classifier, certificate, knobs, risk, message):
+    if risk is not None:
+        certificate(risk=risk)
+
+    async def change():
+        async with serving(lambda: classifier) as client:
+            before = client.service.settings
+            with raises(Refusal, match=message):
+                client.service.change({"slo_ms": 100} | knobs)
+            assert client.service.settings == before
+
+    asyncio.run(change())
+
+
+def test_shadow_traffic_that_contradicts_the_certificate(classifier, certificate, monkeypatch, caplog):
+    monkeypatch.setattr("gaml_hf.runtime.serving.SHADOW_WINDOW", 60)
+    rng = random.Random(0)
+    texts = [" ".join(rng.choices(VOCABULARY[11:], k=rng.randint(1, 20))) for _ in range(60)]
+    free, full = ([answer["label"] for answer in classifier(texts, exit_strategy=s)] for s in ("patience", "none"))
+    differ = sum(a != b for a, b in zip(free, full, strict=True))
+    assert differ > 6  # of 60 where 0.01 are promised: never, by chance
+
+    async def told(max_loss, **parameters):
+        """The metric after one window of rows that the certified policy answers, or another."""
+        certificate(max_loss)
+        caplog.clear()
+        async with serving(lambda: classifier, shadow_fraction=1.0, max_client_batch_size=60) as client:
+            body = {"inputs": [[text] for text in texts], "parameters": parameters}
+            assert (await client.post("/predict", json=body)).status_code == 200
+            while metric(text := (await client.get("/metrics")).text, "gaml_shadow_rows_total") < 60:
+                await asyncio.sleep(0.002)
+            return metric(text, "gaml_shadow_contradicts_certificate")
+
+    assert asyncio.run(told(0.01)) == 1
+    assert f"Of the last 60 shadow rows {differ} get another class at full depth: more than" in caplog.text
+    assert asyncio.run(told(0.9)) == 0
+    assert "shadow rows" not in caplog.text
+    assert asyncio.run(told(0.01, exit_strategy="budgeted", budgeted_exit=1)) == 0  # another policy: nothing promised
 
 
 # Refusals

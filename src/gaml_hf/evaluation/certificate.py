@@ -10,7 +10,7 @@ import copy
 import hashlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from importlib.metadata import version
@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from scipy.special import bdtr, bdtri
+from scipy.special import bdtr, bdtrc, bdtri
 from torch import Tensor
 from transformers.utils import logging
 
@@ -67,6 +67,9 @@ class ExitCertificate:
             The exact upper limit of the risk (Clopper and Pearson, 1934) for `num_lost` of `num_rows`, at most
             `max_loss`. It would be a promise itself only of a parameter that was set before: promise `max_loss`.
         speed_up (`float`): on these rows, in layers, from 1.
+        exit_bounds (`list[float]`):
+            Of each exit, shallow to deep, the upper limit of its own risk, were every text to leave there: all of them
+            at once with probability `confidence` (Clopper and Pearson, Bonferroni). See [`lowest_cap`].
         method (`str`): how the parameter was found.
         rows_sha256 (`str`): of the rows' logits, and of their labels where the risk reads them.
         date (`str`): as 2026-01-31.
@@ -83,6 +86,7 @@ class ExitCertificate:
     num_lost: int
     bound: float
     speed_up: float
+    exit_bounds: list[float]
     method: str
     rows_sha256: str
     date: str
@@ -117,6 +121,32 @@ class ExitCertificate:
     def config_fields(self) -> dict[str, Any]:
         """What to set on the config: the policy, and the certificate itself."""
         return policy_fields(self.exit_strategy, self.parameter) | {"exit_certificate": asdict(self)}
+
+    def lowest_cap(self, max_loss: float) -> int | None:
+        """
+        The shallowest exit at which rows may be made to leave that the policy would keep, under load say.
+
+        A row that is made to leave at exit m gets the policy's answer or that of exit m, so it loses only where one of
+        the two does: the risk is at most the sum of theirs, for each m at once with probability `2 * confidence - 1`.
+
+        Args:
+            max_loss (`float`): the highest risk so, a share of the rows.
+
+        Returns:
+            `int`: a layer, such that it and all deeper exits keep `max_loss`; None where the policy itself does not.
+        """
+        own = 0.0 if self.exit_strategy == "none" else self.max_loss
+        within = [own + bound <= max_loss for bound in self.exit_bounds[:-1]] + [own <= max_loss]
+        lowest = None
+        for layer, fits in zip(reversed(self.exits["exit_layers"]), reversed(within), strict=True):
+            if not fits:
+                break
+            lowest = layer
+        return lowest
+
+    def is_contradicted(self, num_lost: int, num_rows: int, level: float = 0.001) -> bool:
+        """Whether so many lost of other rows would be rarer than `level` if the risk were `max_loss`."""
+        return bool(bdtrc(num_lost - 1, num_rows, self.max_loss) < level)
 
     def promise(self) -> str:
         """The promise as half a sentence."""
@@ -185,22 +215,20 @@ def certify(
         )
     values = _parameter_values(exit_strategy, config) if values is None else _check_values(values)
 
-    def points() -> Iterator[tuple[Any, int, float]]:
-        slower = 1.0
-        for parameter in values:
-            trial = copy.copy(config)
-            vars(trial).update(policy_fields(exit_strategy, parameter))
-            position = _leave_at(exit_logits, trial)
-            speed_up = layer_speed_up(np.asarray(config.exit_layers)[position], config.num_hidden_layers)
-            if speed_up < slower:
-                raise ValueError(
-                    f"`values` must go from the slowest to the fastest. Got {parameter}, at which these rows run more "
-                    "layers than at the value before it."
-                )
-            slower = speed_up
-            yield parameter, int(lost[np.arange(num_rows), position].sum()), speed_up
-
-    passed = list(takewhile(lambda point: passes(point[1], num_rows, max_loss, confidence), points()))
+    points, slower = [], 1.0
+    for parameter in values:
+        trial = copy.copy(config)
+        vars(trial).update(policy_fields(exit_strategy, parameter))
+        position = _leave_at(exit_logits, trial)
+        speed_up = layer_speed_up(np.asarray(config.exit_layers)[position], config.num_hidden_layers)
+        if speed_up < slower:
+            raise ValueError(
+                f"`values` must go from the slowest to the fastest. Got {parameter}, at which these rows run more "
+                "layers than at the value before it."
+            )
+        slower = speed_up
+        points.append((parameter, int(lost[np.arange(num_rows), position].sum()), speed_up))
+    passed = list(takewhile(lambda point: passes(point[1], num_rows, max_loss, confidence), points))
     if passed:
         parameter, num_lost, speed_up = max(passed, key=lambda point: point[2])  # of equals, the slowest
         bound, method = float(bdtri(num_lost, num_rows, 1 - confidence)), METHOD
@@ -220,6 +248,7 @@ def certify(
         num_lost=num_lost,
         bound=bound,
         speed_up=speed_up,
+        exit_bounds=_exit_bounds(lost, confidence),
         method=method,
         rows_sha256=_sha256(exit_logits, labels if risk == "accuracy_loss" else None),
         date=time.strftime("%Y-%m-%d"),
@@ -285,6 +314,13 @@ def _lost(exit_logits: Tensor, labels: np.ndarray | Tensor | None, risk: str) ->
         raise ValueError('`labels` must be given for `risk="accuracy_loss"`. Got None; "disagreement" needs none.')
     right = predictions == check_labels(labels, exit_logits)[:, None]
     return right[:, -1:] & ~right
+
+
+def _exit_bounds(lost: np.ndarray, confidence: float) -> list[float]:
+    num_rows, num_exits = lost.shape
+    level = (1 - confidence) / max(num_exits - 1, 1)
+    counts = lost.sum(axis=0)
+    return [1.0 if k == num_rows else float(bdtri(k, num_rows, level)) for k in counts[:-1]] + [0.0]
 
 
 def _leave_at(exit_logits: Tensor, config: Any) -> np.ndarray:

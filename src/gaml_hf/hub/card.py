@@ -15,7 +15,7 @@ from huggingface_hub import (
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from gaml_hf.evaluation import OperatingPoint
+from gaml_hf.evaluation import ExitCertificate, OperatingPoint
 from gaml_hf.models.configuration_gaml import GamlConfigMixin
 from gaml_hf.models.exiting_gaml import EXIT_POLICIES
 
@@ -192,6 +192,7 @@ def render_card(
         exits=[(m, layers / m, exit_scores.get(m)) for m in config.exit_layers],
         has_scores=bool(exit_scores),
         policy=_policy(_config_fields(config)),
+        certificate=ExitCertificate.from_config(config),
         points=[(_policy(p.config_fields()), p.score, p.speed_up) for p in sorted(points, key=lambda p: p.speed_up)],
         chosen=chosen and (_policy(chosen.config_fields()), chosen.score, chosen.speed_up),
         parts=parts,

@@ -30,6 +30,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from transformers.pipelines.base import pad_collate_fn
 
+from gaml_hf.evaluation import ExitCertificate
 from gaml_hf.models.exiting_gaml import FullDepth, policy_from_config, shown
 from gaml_hf.models.pipeline_gaml import EXIT_FIELDS, TOKENIZER_ARGUMENTS, GamlTextClassificationPipeline, _Row
 
@@ -43,6 +44,7 @@ logger = logging.getLogger(__name__)
 PARAMETERS = (*EXIT_FIELDS, *TOKENIZER_ARGUMENTS, "top_k", "function_to_apply", "on_error")
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 SHADOW, MAX_SHADOWS = "shadow", 256  # the kind of rows that run again, and how many may wait
+SHADOW_WINDOW = 500  # rows that are compared with the certificate at a time
 POWERS = tuple(2**i for i in range(15))
 
 
@@ -56,6 +58,9 @@ class ServerSettings:
             When a row leaves, where a request does not say; as in the pipeline.
         slo_ms (`float`, *optional*): latency to keep, in milliseconds: rows leave earlier when requests pile up.
         min_exit (`int`, *optional*): the layer at which no row is made to leave before; defaults to the first exit.
+        max_disagreement (`float`, *optional*):
+            Share of the rows that may get another class than the last exit's, at any load. Read with `slo_ms`; needs
+            a checkpoint with a certificate of disagreement, see [`~evaluation.ExitCertificate.lowest_cap`].
         max_batch_tokens (`int`): tokens that run together.
         max_concurrent_requests (`int`): a request beyond is refused before anything is read of it.
         shadow_fraction (`float`):
@@ -76,6 +81,7 @@ class ServerSettings:
     exit_threshold: float | None = None
     slo_ms: float | None = None
     min_exit: int | None = None
+    max_disagreement: float | None = None
     max_batch_tokens: int = 4096
     max_concurrent_requests: int = 512
     timeout_ms: float = 30_000.0
@@ -95,11 +101,15 @@ class ServerSettings:
                 continue
             if type(value) not in (int, float) or not 0 < value < math.inf:
                 raise ValueError(f"`{name}` must be a number above 0, of milliseconds. Got `{name}={shown(value)}`.")
-        share = self.shadow_fraction
-        if type(share) not in (int, float) or not 0 <= share <= 1:
-            raise ValueError(f"`shadow_fraction` must be a number in [0, 1]. Got `shadow_fraction={shown(share)}`.")
-        if self.min_exit is not None and self.slo_ms is None:
-            raise ValueError(f"`min_exit` is read with `slo_ms` alone. Got `min_exit={shown(self.min_exit)}`.")
+        for name in ("shadow_fraction", "max_disagreement"):
+            share = getattr(self, name)
+            if share is None and name == "max_disagreement":
+                continue
+            if type(share) not in (int, float) or not 0 <= share <= 1:
+                raise ValueError(f"`{name}` must be a number in [0, 1]. Got `{name}={shown(share)}`.")
+        for name in ("min_exit", "max_disagreement"):
+            if (value := getattr(self, name)) is not None and self.slo_ms is None:
+                raise ValueError(f"`{name}` is read with `slo_ms` alone. Got `{name}={shown(value)}`.")
 
     @property
     def exits(self) -> dict[str, Any]:
@@ -109,6 +119,37 @@ class ServerSettings:
 
 FIXED = ("max_client_batch_size", "payload_limit")
 LIVE = tuple(field.name for field in dataclasses.fields(ServerSettings) if field.name not in FIXED)
+
+
+def _cap_knobs(settings: ServerSettings) -> tuple:
+    return settings.slo_ms, settings.min_exit, settings.max_disagreement
+
+
+def _lowest_cap(settings: ServerSettings, certificate: ExitCertificate | None, exit_layers: list[int]) -> int | None:
+    """The layer before which no row is made to leave: `min_exit`, or a deeper one that `max_disagreement` asks for."""
+    limit, min_exit = settings.max_disagreement, settings.min_exit
+    if limit is None:
+        return min_exit
+    if settings.exits:
+        raise ValueError(
+            "`max_disagreement` holds for the checkpoint's own exit policy, the one that was certified: leave "
+            f"{', '.join(f'`{name}`' for name in settings.exits)} out."
+        )
+    if certificate is None or certificate.risk != "disagreement":
+        raise ValueError(
+            "`max_disagreement` needs a checkpoint with a certificate of disagreement, as `run_glue_gaml.py "
+            f"--max_loss` makes it. Got {'none' if certificate is None else f'one of {certificate.risk}'}."
+        )
+    lowest = certificate.lowest_cap(limit)
+    if lowest is None:
+        raise ValueError(
+            f"`max_disagreement` must be at least the {certificate.max_loss:.4g} that the certificate promises of the "
+            f"exit policy alone. Got `max_disagreement={limit}`."
+        )
+    if lowest == exit_layers[-1]:
+        logger.warning(f"`max_disagreement={limit}` leaves no room: no row is made to leave early under load.")
+    # One that is no exit is for `ExitCap` to refuse.
+    return min_exit if min_exit not in (None, *exit_layers) else max(lowest, min_exit or 0)
 
 
 class Refusal(Exception):
@@ -182,6 +223,9 @@ class Metrics:
         self.shadow_disagreements = Counter(
             "gaml_shadow_disagreements", "Rows of these whose class differs at full depth", registry=registry
         )
+        self.certificate_broken = Gauge(
+            "gaml_shadow_contradicts_certificate", "1 where the last rows disagree too often for it", registry=registry
+        )
         self.exit_layer: Histogram | None = None  # its buckets are the model's exits
 
     def know_exits(self, exit_layers: list[int]) -> None:
@@ -209,6 +253,8 @@ class Service:
         self._loaded: GamlTextClassificationPipeline | None = None
         self.classifier: GamlTextClassificationPipeline | None = None  # the same model, with the exits of the settings
         self.exit_cap: ExitCap | None = None
+        self.certificate: ExitCertificate | None = None  # of disagreement, of the policy in force
+        self._shadows = [0, 0]  # rows since the certificate was last compared with them, and those that disagreed
         self.in_flight = 0
         self.is_draining = False
         self.is_ready = False  # whether any forward pass has worked
@@ -261,15 +307,15 @@ class Service:
             )
         else:
             classifier = self.classifier
-        exit_cap, exit_layers = self.exit_cap, classifier.model.config.exit_layers
-        cap_knobs = (settings.slo_ms, settings.min_exit)
-        if exit_cap is None or cap_knobs != (self.settings.slo_ms, self.settings.min_exit):
-            exit_cap = (
-                None if settings.slo_ms is None else ExitCap(exit_layers, settings.slo_ms / 1e3, settings.min_exit)
-            )
+        exit_cap, config = self.exit_cap, classifier.model.config
+        certificate = None if settings.exits else ExitCertificate.from_config(config)
+        lowest = _lowest_cap(settings, certificate, config.exit_layers)
+        if exit_cap is None or _cap_knobs(settings) != _cap_knobs(self.settings):
+            exit_cap = None if settings.slo_ms is None else ExitCap(config.exit_layers, settings.slo_ms / 1e3, lowest)
         self.classifier, self.settings, self.exit_cap = classifier, settings, exit_cap
+        self.certificate = certificate if certificate and certificate.risk == "disagreement" else None
         if exit_cap is None:
-            self.metrics.exit_cap.set(exit_layers[-1])
+            self.metrics.exit_cap.set(config.exit_layers[-1])
 
     def change(self, changes: Any) -> ServerSettings:
         """New values of live knobs, for the requests to come."""
@@ -379,8 +425,9 @@ class Service:
             forced = sum(outcome.was_forced for outcome in outcomes.values())
             headers = {"x-exit-cap": str(min(caps)), "x-forced-exits": str(forced)}
         if random.random() < settings.shadow_fraction:
+            is_certified = not any(name in query.parameters for name in EXIT_FIELDS)
             for number, outcome in outcomes.items():
-                self._shadow(classifier, encodings[number], outcome)
+                self._shadow(classifier, encodings[number], outcome, is_certified)
         return AsciiJson(answers if query.is_batch or always_batch else answers[0], headers=headers)
 
     def _plan(self, classifier: GamlTextClassificationPipeline, parameters: dict[str, Any]) -> Plan:
@@ -394,19 +441,45 @@ class Service:
         kind = (id(classifier), *(parameters.get(name) for name in EXIT_FIELDS))
         return Plan(preprocess, forward, postprocess, kind)
 
-    def _shadow(self, classifier: GamlTextClassificationPipeline, encoding: dict[str, Any], outcome: Outcome) -> None:
+    def _shadow(
+        self,
+        classifier: GamlTextClassificationPipeline,
+        encoding: dict[str, Any],
+        outcome: Outcome,
+        is_certified: bool,
+    ) -> None:
         """Run a row that has its answer again, to full depth, and count whether the class is another."""
         if len(self.batcher.later) >= MAX_SHADOWS:
             return
         answered = int(outcome.outputs["logits"].argmax())
+        # Of rows that the policy alone answered: the certificate says nothing of others.
+        certificate = self.certificate if is_certified and not outcome.was_forced else None
 
         def compare(future: asyncio.Future) -> None:
             if not future.cancelled() and future.exception() is None:
+                disagrees = int(future.result().outputs["logits"].argmax()) != answered
                 self.metrics.shadow_rows.inc()
-                self.metrics.shadow_disagreements.inc(int(future.result().outputs["logits"].argmax()) != answered)
+                self.metrics.shadow_disagreements.inc(disagrees)
+                if certificate is not None and certificate is self.certificate:
+                    self._compare_with_certificate(certificate, disagrees)
 
         value = (encoding, classifier, {"exit_policy": FullDepth()})
         self.batcher.submit(value, _tokens(encoding), SHADOW, later=True).add_done_callback(compare)
+
+    def _compare_with_certificate(self, certificate: ExitCertificate, disagrees: bool) -> None:
+        """Every `SHADOW_WINDOW` rows, whether the promise still fits the texts that come."""
+        self._shadows[0] += 1
+        self._shadows[1] += disagrees
+        rows, lost = self._shadows
+        if rows < SHADOW_WINDOW:
+            return
+        self._shadows = [0, 0]
+        self.metrics.certificate_broken.set(is_contradicted := certificate.is_contradicted(lost, rows))
+        if is_contradicted:
+            logger.warning(
+                f"Of the last {rows} shadow rows {lost} get another class at full depth: more than the certificate "
+                f"promises, {certificate.max_loss:.4g}. These texts are not like those that it was made on."
+            )
 
     # In the model's thread
 
@@ -723,6 +796,7 @@ def _info(service: Service) -> dict[str, Any]:
         "exit_layers": config.exit_layers,
         "max_input_length": service.classifier.max_length,
         "exit_cap": None if service.exit_cap is None else service.exit_cap.exit_layer,
+        "certificate": None if service.certificate is None else service.certificate.promise(),
         "settings": dataclasses.asdict(service.settings),
         "version": version("gaml_hf"),
     }
