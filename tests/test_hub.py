@@ -307,7 +307,7 @@ def change_weights(change):
             set_("you/other--modeling.Model", "auto_map", "AutoModel"),
             "the class for `AutoModel` from another repository, `you/other--modeling.Model`.",
         ),
-        (lose("losses_gaml.py"), "`losses_gaml.py` is missing; `exits_gaml.py` needs it."),
+        (lose("losses_gaml.py"), "`losses_gaml.py` is missing; `exits_base_gaml.py` needs it."),
         (lose("pipeline_gaml.py"), "`pipeline_gaml.py` is missing; "),
         (lose("model.safetensors"), "`model.safetensors` is missing."),
         (lambda folder: os.truncate(folder / "model.safetensors", 5000), "`model.safetensors` cannot be read: "),
