@@ -641,7 +641,7 @@ def test_a_policy_cannot_be_chosen_without_rows(common, files):
 def test_a_word_where_bf16_will_crawl(common, files, monkeypatch, caplog, option):
     for cost, told in ((93.25, True), (0.4, False)):
         caplog.clear()
-        monkeypatch.setattr("run_glue_gaml.bfloat16_cost", lambda cost=cost: cost)
+        monkeypatch.setattr("gaml_hf.training.script.bfloat16_cost", lambda cost=cost: cost)
         with raises(ValueError, match="must have the splits"):  # it is told before any work
             run_glue_gaml.main([*common, option, *with_files(files, "validation"), "--do_train"])
         assert ("products take 93.2 times as long as in float32 on this processor" in caplog.text) == told

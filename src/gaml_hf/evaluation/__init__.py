@@ -3,7 +3,7 @@
 from .choice import OperatingPoint, calibrate, choose, replay, sweep
 from .metrics import ExitMetrics, warn_of_one_class
 from .scores import Score, exit_mean, one_class_exits, overthinking, score_exits
-from .speed import flops_speed_up, latency_speed_up, layer_speed_up
+from .speed import flops_speed_up, image_flops, image_flops_speed_up, latency_speed_up, layer_speed_up
 
 
 __all__ = [
@@ -14,6 +14,8 @@ __all__ = [
     "choose",
     "exit_mean",
     "flops_speed_up",
+    "image_flops",
+    "image_flops_speed_up",
     "latency_speed_up",
     "layer_speed_up",
     "one_class_exits",
