@@ -44,7 +44,7 @@ TEXTS = [
     "they like the best scene in a great movie",
     "fine",
 ]
-CODE = {f"{name}_gaml.py" for name in ("checksums", "engine", "exiting", "exits", "losses", "pipeline")}
+CODE = {f"{name}_gaml.py" for name in ("checksums", "engine", "exiting", "exits", "exits_base", "losses", "pipeline")}
 CODE |= {"configuration_gaml.py", "modeling_gaml_bert.py"}
 
 # What a stranger runs: no gaml_hf, however it is installed. Prints JSON; argument: where to load from and save to.
