@@ -13,19 +13,28 @@ from PIL import Image
 from pytest import approx, fixture, mark, raises
 from torch import nn
 from torch.testing import assert_close
+from torch.utils.data import Dataset
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
     ResNetConfig,
     ResNetForImageClassification,
     ResNetModel,
+    TrainerCallback,
+    TrainingArguments,
     pipeline,
 )
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from gaml_hf import GamlAutoModelForImageClassification, GamlResNetConfig, GamlResNetForImageClassification
+from gaml_hf import (
+    GamlAutoModelForImageClassification,
+    GamlResNetConfig,
+    GamlResNetForImageClassification,
+    GamlTrainer,
+)
 from gaml_hf.hub import check_checkpoint, save_checkpoint
 from gaml_hf.models.exiting_gaml import Budgeted, Entropy, MaxProb, Patience
+from gaml_hf.models.losses_gaml import exit_weights
 from gaml_hf.models.modeling_gaml_resnet import MixedPooling
 from gaml_hf.training.alignment import parameter_groups
 
@@ -216,6 +225,93 @@ def test_a_wrong_input(model, inputs, message):
         inputs = {"pixel_values": torch.zeros(2, 3, 32, 32), **inputs}
     with raises(ValueError, match=message):
         model(**inputs)
+
+
+# Training
+
+
+class Colours(Dataset):
+    """Images of three colours, in noise."""
+
+    def __len__(self):
+        return 48
+
+    def __getitem__(self, row):
+        pixels = torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(row))
+        pixels[row % 3] += 1.0
+        return {"pixel_values": pixels, "labels": row % 3}
+
+
+def trainer_of(folder, steps=12, **fields) -> GamlTrainer:
+    torch.manual_seed(0)
+    fields = {"exit_loss_weights": "shallow_deep", "ga_mode": "none"} | fields
+    model = GamlResNetForImageClassification(GamlResNetConfig.cifar(14, **NAMES, **fields))
+    arguments = TrainingArguments(
+        folder,
+        max_steps=steps,
+        per_device_train_batch_size=8,
+        learning_rate=0.1,
+        optim="sgd",
+        optim_args="momentum=0.9",
+        max_grad_norm=0.0,
+        lr_scheduler_type="constant",
+        save_steps=6,
+        logging_steps=1,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    return GamlTrainer(model, arguments, train_dataset=Colours())
+
+
+def test_weights_of_the_exits_follow_the_training(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "gaml_hf.models.exits_base_gaml.exit_weights",
+        lambda layers, scheme, progress: seen.append(progress) or exit_weights(layers, scheme, progress),
+    )
+    trainer_of(tmp_path, distillation="none").train()
+    assert seen == [step / 12 for step in range(12)]
+
+
+def test_the_temperature_rises_where_the_last_exit_is_sure(tmp_path):
+    """As a loop over the steps says; a resumed training goes on with it."""
+    told = []
+
+    class Told(TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **kwargs):
+            told.append(model.config.kd_temperature)
+
+    growing = {"distillation": "last_to_all", "kd_temperature_growth": 1.25}
+    trainer = trainer_of(tmp_path / "whole", **growing)
+    sure = []
+    trainer.model.register_forward_hook(
+        lambda model, args, output: sure.append(
+            (output.exit_logits[:, -1] / model.config.kd_temperature).softmax(dim=-1).amax(dim=-1).mean().item() > 0.5
+        )
+    )
+    trainer.add_callback(Told())
+    trainer.train()
+    expected = [1.0]
+    for is_sure in sure:
+        expected.append(expected[-1] * (1.25 if is_sure else 1.0))
+    assert [*told, trainer.model.config.kd_temperature] == approx(expected)
+    assert 1.0 < expected[6] <= expected[-1]
+
+    second = trainer_of(tmp_path / "whole", **growing)
+    second.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-6"))
+    assert second.model.config.kd_temperature == approx(expected[-1])
+    for key, value in trainer.model.state_dict().items():
+        assert second.model.state_dict()[key].equal(value)
+
+
+def test_one_step_of_alignment_moves_everything(tmp_path):
+    trainer = trainer_of(tmp_path, steps=1, ga_mode="soft", exit_loss_weights="linear")
+    before = copy.deepcopy(trainer.model.state_dict())
+    trainer.train()
+    moved = {key for key, value in trainer.model.state_dict().items() if not value.equal(before[key])}
+    assert moved == set(before)
 
 
 # The pipeline, and the folder
