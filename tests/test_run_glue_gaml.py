@@ -403,7 +403,7 @@ def test_a_policy_by_what_it_may_cost(common, files, tmp_path, capsys):
     out = tmp_path / "out"
     assert json.loads((out / "config.json").read_text())["exit_certificate"] == found
     assert json.loads((out / "run.json").read_text())["certificate"] == found
-    promise = "at most 0.4 of the texts get a wrong answer where the last exit's is right, with confidence 0.9"
+    promise = "at most 0.4 of the rows get a wrong answer where the last exit's is right, with confidence 0.9"
     assert promise in (out / "README.md").read_text()
     line = f"promised: {promise} ({found['num_rows']} rows set aside, {found['num_lost']} lost); here "
     assert line + f"{policy['observed_risk']:.4f}" in capsys.readouterr().out
@@ -683,7 +683,7 @@ def test_a_policy_cannot_be_chosen_without_rows(common, files):
 def test_a_word_where_bf16_will_crawl(common, files, monkeypatch, caplog, option):
     for cost, told in ((93.25, True), (0.4, False)):
         caplog.clear()
-        monkeypatch.setattr("run_glue_gaml.bfloat16_cost", lambda cost=cost: cost)
+        monkeypatch.setattr("gaml_hf.training.script.bfloat16_cost", lambda cost=cost: cost)
         with raises(ValueError, match="must have the splits"):  # it is told before any work
             run_glue_gaml.main([*common, option, *with_files(files, "validation"), "--do_train"])
         assert ("products take 93.2 times as long as in float32 on this processor" in caplog.text) == told
