@@ -25,6 +25,7 @@ from gaml_hf.hub import check_checkpoint, save_checkpoint
 from gaml_hf.models.handler import EndpointHandler
 from gaml_hf.runtime.ort import export_onnx
 from gaml_hf.runtime.scoring import ClassifierLoader, score_file
+from gaml_hf.training import script
 
 
 GOOD, BAD = ["good", "great", "fine", "best", "funny"], ["bad", "awful", "dull", "sad", "worst"]
@@ -156,9 +157,9 @@ def test_balanced_class_weights():
     """Those of scikit-learn, where each class has rows."""
     labels = [0, 0, 0, 0, 1, 2, 2]
     expected = compute_class_weight("balanced", classes=np.arange(3), y=labels)
-    assert run_glue_gaml.balanced_class_weights(labels, ["a", "b", "c"]) == approx(expected)
+    assert script.balanced_class_weights(labels, ["a", "b", "c"]) == approx(expected)
     with raises(ValueError, match="needs a row of each class among the training rows. 'd' has none"):
-        run_glue_gaml.balanced_class_weights(labels, ["a", "b", "c", "d"])
+        script.balanced_class_weights(labels, ["a", "b", "c", "d"])
 
 
 def test_rows_of_a_file_stay_in_their_order(common, tokenizer, bert_kwargs, tmp_path):
@@ -730,7 +731,7 @@ def test_the_command_shown_in_public():
     words = (
         "recipe.json --token=hf_a --hub_token hf_b --train_file=/home/me/train.csv --output_dir /my/out --alpha 0.3"
     )
-    assert run_glue_gaml.shown_command(words.split()) == (
+    assert script.shown_command(words.split(), "run_glue_gaml.py") == (
         "python run_glue_gaml.py recipe.json --token=... --hub_token ... --train_file=train.csv --output_dir out "
         "--alpha 0.3"
     )
