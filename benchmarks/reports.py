@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from benchmarks.runs import decode_array, scorer
+from benchmarks.runs import decode_array, main_metric, scorer
 from gaml_hf.evaluation import choose, layer_speed_up, plots, replay, sweep
 from gaml_hf.evaluation.glue import get_task
 
@@ -92,6 +92,28 @@ PAPER_TABLE_5 = {
     ("gaml-soft", "max_prob"): {"mnli": 82.8, "mrpc": 87.8, "sst2": 91.4},
 }
 
+# Images. Names of systems in Table 8 and below it; accuracy and speed-up in the paper.
+IMAGE_TARGET = (1.2, 1.4)
+IMAGE_SYSTEMS = [
+    ("Shallow-Deep", "shallow-deep"),
+    ("PABEE", "multi-exit"),
+    ("DBT", "dbt"),
+    ("ML", "ml"),
+    ("GAML (GA-hard)", "gaml-hard"),
+    ("GAML (GA-soft)", "gaml-soft"),
+]
+PAPER_TABLE_8 = {
+    "ResNet-56": ("91.8", "68.6"),  # CIFAR-10, CIFAR-100
+    "PABEE": {"cifar10": "91.8 at 1.26x", "cifar100": "69.1 at 1.22x"},
+    "DBT": {"cifar10": "92.1 at 1.28x", "cifar100": "69.3 at 1.25x"},
+    "GAML (GA-soft)": {"cifar10": "92.6 at 1.30x", "cifar100": "69.7 at 1.27x"},
+}
+# Plain networks of ordinary training: the README of github.com/chenyaofo/CIFAR-pretrained-models.
+PUBLIC_RESNETS = {
+    "cifar10": {20: 91.65, 32: 92.81, 44: 93.24, 56: 93.69},
+    "cifar100": {20: 66.61, 32: 68.74, 44: 69.49, 56: 70.79},
+}
+
 
 # --------------------------------------------------------------------------------------------------------- one run
 
@@ -105,6 +127,7 @@ class Answer:
     correct: np.ndarray  # (num_rows,)
     labels: np.ndarray  # (num_rows,)
     parameter: float | None
+    exit_layer: np.ndarray | None = None  # (num_rows,)
 
     @property
     def in_target(self) -> bool:
@@ -123,13 +146,13 @@ def answer(result: dict[str, Any], exit_strategy: str, target: tuple[float, floa
     logits = {name: decode_array(values) for name, values in result["logits"].items()}
     labels = {name: np.array(values) for name, values in result["labels"].items()}
     task = result["run"]["task"]
-    score, main_metric = scorer(task)
+    score, compared = scorer(task)
     config = SimpleNamespace(
         num_hidden_layers=result["full_depth"], exit_layers=result["exit_layers"], exit_strategy="none"
     )
     parameter = None
     if exit_strategy != "none":
-        points = sweep(logits["held_out"], labels["held_out"], config, exit_strategy, score, main_metric)
+        points = sweep(logits["held_out"], labels["held_out"], config, exit_strategy, score, compared)
         logger = logging.getLogger("gaml_hf.evaluation")
         logger.disabled = True  # where nothing lies in the target, the table tells
         try:
@@ -144,11 +167,12 @@ def answer(result: dict[str, Any], exit_strategy: str, target: tuple[float, floa
     else:
         speed_up = layer_speed_up(exit_layer, result["full_depth"])
     return Answer(
-        score=100 * score(predictions, labels["validation"])[get_task(task).main_metric],
+        score=100 * score(predictions, labels["validation"])[main_metric(task)],
         speed_up=speed_up,
         correct=predictions == labels["validation"],
         labels=labels["validation"],
         parameter=parameter,
+        exit_layer=exit_layer,
     )
 
 
@@ -665,8 +689,85 @@ def exits(results: Results) -> str:
     return "\n".join(blocks)
 
 
+def table8(results: Results) -> str:
+    """Images: accuracy x 100, and how much less is computed than by ResNet-56 (multiply-adds, exits included)."""
+    blocks = []
+    for task in tasks_of(results):
+        of_task = only(results, task=task)
+        position = sorted(PUBLIC_RESNETS).index(task)
+        reference = [r for r in of_task if r["run"]["depth"] == 56]
+        if not reference:
+            reference = of_task
+        full = max(r["multiply_adds"]["network"][-1] for r in reference)
+        rows = []
+        for depth in (20, 32, 44, 56):
+            found = only(of_task, system="plain", depth=depth)
+            answers = [answer(r, "none") for r in found]
+            cost = found[0]["multiply_adds"]["network"][-1] if found else None
+            paper = PAPER_TABLE_8["ResNet-56"][position] if depth == 56 else ""
+            rows.append(
+                [
+                    f"ResNet-{depth}, plain",
+                    "",
+                    spread([a.score for a in answers], 2),
+                    f"{full / cost:.2f}x" if found else "",
+                    "",
+                    f"{np.mean([r['milliseconds']['full_depth'] for r in found]):.2f}" if found else "",
+                    "",
+                    paper,
+                    PUBLIC_RESNETS[task][depth],
+                ]
+            )
+        for name, system in IMAGE_SYSTEMS:
+            found = only(of_task, system=system)
+            for policy in ("patience", "max_prob"):
+                paper = PAPER_TABLE_8.get(name, {}).get(task, "") if policy == "patience" else ""
+                if not found:
+                    rows.append([name, policy, "not run", "", "", "", "", paper, ""])
+                    continue
+                answers = [answer(r, policy, IMAGE_TARGET) for r in found]
+                layers, macs, times = [], [], []
+                for r, a in zip(found, answers, strict=True):
+                    place = np.searchsorted(r["exit_layers"], a.exit_layer)
+                    ran = np.add(*(np.array(r["multiply_adds"][part])[place] for part in ("network", "exits")))
+                    layers.append(a.speed_up)
+                    macs.append(r["multiply_adds"]["network"][-1] / ran.mean())
+                    times.append(np.array(r["milliseconds"]["to_exit"])[place].mean())
+                outside = sum(not IMAGE_TARGET[0] <= a.speed_up <= IMAGE_TARGET[1] for a in answers)
+                rows.append(
+                    [
+                        name,
+                        policy,
+                        spread([a.score for a in answers], 2),
+                        f"{np.mean(macs):.2f}x",
+                        f"{np.mean(layers):.2f}x" + (f", {outside} outside" if outside else ""),
+                        f"{np.mean(times):.2f}",
+                        spread([exit_score(r, r["layers"]) for r in found], 2),
+                        paper,
+                        "",
+                    ]
+                )
+        header = ["system", "policy", "accuracy", "multiply-adds", "layers", "ms an image", "own full depth", "paper"]
+        blocks.append(f"### {task}\n\n" + table([*header, "public ResNet"], rows) + _heads(of_task))
+    return "\n".join(blocks)
+
+
+def _heads(results: Results) -> str:
+    """How large the exits are beside the network, in a sentence."""
+    found = [r for r in results if len(r["exit_layers"]) > 1]
+    if not found:
+        return ""
+    r = found[0]
+    heads, network = r["head_parameters"], r["network_parameters"]
+    share = r["multiply_adds"]["exits"][-1] / r["multiply_adds"]["network"][-1]
+    return (
+        f"\nThe early exits hold {heads:,} parameters, {heads / network:.2f} times the network's {network:,}; all of "
+        f"them together add {share:.1%} of its multiply-adds.\n"
+    )
+
+
 REPORTS: dict[str, Callable[..., str]] = {
-    f.__name__: f for f in (table1, table2, table3, table4, table5, fig3, fig4, fig5, ga, exits)
+    f.__name__: f for f in (table1, table2, table3, table4, table5, table8, fig3, fig4, fig5, ga, exits)
 }
 
 

@@ -4,15 +4,17 @@ The tables and figures of the paper, one command each.
     python benchmarks/reproduce.py table2 --tasks cola mrpc --seeds 0 1 2 --backbone google-bert/bert-base-uncased
     python benchmarks/reproduce.py table2 --tasks cola mrpc --dry-run     # how many runs, and about how long
     python benchmarks/reproduce.py grid --tasks cola --systems gaml-soft  # hyper-parameters, by cross-validation
+    python benchmarks/reproduce.py table8 --tasks cifar10 --data images   # images/cifar10/{train,test}/<class>/*.png
 
 Every training leaves one JSON in `--ledger`, and one that is there is not run again: stop whenever you like, and
 give the same command to go on. Reports are made from the JSONs, into `--ledger`/reports. Several processes share the
 work with `--shard 0/2` and `--shard 1/2`.
 
-`table1` to `table5` and `fig3` to `fig5` are the paper's. `exits` compares the paper's exits with ours, ingredient by
-ingredient, and with static models that read the same. `ga` compares the readings of gradient alignment that the paper
-leaves open. `grid` is the search of Sec. 6.4: its winner for a task and system (or, for lack of one, for the
-multi-exit model, or else Table 7's values) is what the others train with, unless options say otherwise.
+`table1` to `table5`, `table8` and `fig3` to `fig5` are the paper's. `exits` compares the paper's exits with ours,
+ingredient by ingredient, and with static models that read the same. `ga` compares the readings of gradient alignment
+that the paper leaves open. `grid` is the search of Sec. 6.4: its winner for a task and system (or, for lack of one,
+for the multi-exit model, or else Table 7's values) is what the others train with, unless options say otherwise. It is
+for texts: `table8`, of images, has one recipe.
 """
 
 import argparse
@@ -35,7 +37,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a program
 
 from benchmarks import reports
 from benchmarks.baselines import BASELINES
-from benchmarks.runs import EXIT_SYSTEMS, Run, Settings, perform
+from benchmarks.images import DEPTHS, IMAGE_SYSTEMS, ImageRun
+from benchmarks.runs import EXIT_SYSTEMS, IMAGE_TASKS, Run, Settings, perform
 from gaml_hf.evaluation.glue import GLUE_TASKS, get_task
 
 
@@ -123,6 +126,34 @@ def experiment(name: str, options: argparse.Namespace, depth: int) -> list[Run]:
     return list(dict.fromkeys(runs))
 
 
+def image_runs(options: argparse.Namespace) -> list[ImageRun]:
+    """Table 8: plain networks of several depths, and every system of exits on ResNet-56."""
+    given = {
+        "learning_rate": options.learning_rates,
+        "batch_size": options.batch_sizes,
+        "alpha": options.alphas,
+        "ga_granularity": options.ga_granularity and [options.ga_granularity],
+    }
+    if several := [name for name, values in given.items() if values and len(values) > 1]:
+        raise ValueError(f"Images have no grid: give one value of `{several[0]}`. Got {given[several[0]]}.")
+    fields = {name: values[0] for name, values in given.items() if values}
+    return [
+        ImageRun(
+            task=task,
+            system=system,
+            depth=depth,
+            seed=seed,
+            epochs=options.epochs,
+            max_train_rows=options.max_train_rows,
+            bf16=options.bf16,
+            **fields,
+        )
+        for task, seed, system in itertools.product(options.tasks, options.seeds, IMAGE_SYSTEMS)
+        if options.systems is None or system in options.systems
+        for depth in (options.depths if system == "plain" else options.depths[-1:])
+    ]
+
+
 def grid(options: argparse.Namespace) -> list[Run]:
     """The search of Sec. 6.4: every combination on every fold."""
     runs = []
@@ -181,7 +212,7 @@ def recipe(task_name: str, system: str, options: argparse.Namespace, searched: b
         epochs=options.epochs,
         max_train_rows=options.max_train_rows,
         bf16=options.bf16,
-        ga_granularity=options.ga_granularity,
+        ga_granularity=options.ga_granularity or Run.ga_granularity,
         **chosen,
     )
 
@@ -224,11 +255,15 @@ def seconds_of(run: Run, known: list[dict]) -> float | None:
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", choices=[*reports.REPORTS, "grid"])
-    parser.add_argument("--tasks", nargs="+", default=list(GLUE_TASKS), choices=list(GLUE_TASKS))
-    parser.add_argument("--systems", nargs="+", choices=[*EXIT_SYSTEMS, *BASELINES], help="only these")
+    parser.add_argument("--tasks", nargs="+", choices=[*GLUE_TASKS, *IMAGE_TASKS], help="all by default")
+    systems = dict.fromkeys([*EXIT_SYSTEMS, *BASELINES, *IMAGE_SYSTEMS])
+    parser.add_argument("--systems", nargs="+", choices=list(systems), help="only these")
+    parser.add_argument(
+        "--depths", nargs="+", type=int, default=list(DEPTHS), help="of plain ResNets; exits are on the last"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--backbone", default="google-bert/bert-base-uncased", help="a BERT: a folder or a Hub name")
-    parser.add_argument("--data", help="a folder with a folder of parquet files per task; else nyu-mll/glue")
+    parser.add_argument("--data", help="a folder with a folder for each task; else nyu-mll/glue")
     parser.add_argument("--ledger", type=Path, default=Path("runs"))
     parser.add_argument("--epochs", type=int, default=20, help="at most; early stopping ends a run sooner")
     parser.add_argument("--learning_rates", nargs="+", type=float, help="one value, or a grid's")
@@ -236,7 +271,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--warmups", nargs="+", type=float, help="in epochs")
     parser.add_argument("--alphas", nargs="+", type=float)
     parser.add_argument(
-        "--ga_granularity", choices=["global", "layer", "tensor"], default=Run.ga_granularity, help="but for `ga`: all"
+        "--ga_granularity",
+        choices=["global", "layer", "tensor"],
+        help="global by default, of images layer; but for `ga`: all",
     )
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument("--max_train_rows", type=int)
@@ -249,14 +286,25 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     options = parser().parse_args(argv)
+    of_images = options.experiment == "table8"
+    kinds = (IMAGE_TASKS, IMAGE_SYSTEMS) if of_images else (GLUE_TASKS, [*EXIT_SYSTEMS, *BASELINES])
+    options.tasks = options.tasks or list(kinds[0])
+    for name, known in zip(("tasks", "systems"), kinds, strict=True):
+        if wrong := set(getattr(options, name) or ()) - set(known):
+            parser().error(f"{options.experiment} takes `--{name}` out of {', '.join(known)}. Got {sorted(wrong)[0]}.")
     if not torch.accelerator.is_available():
         torch.set_num_threads(1)
     datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    depth = AutoConfig.from_pretrained(options.backbone).num_hidden_layers
     settings = Settings(options.ledger, options.backbone, options.data)
-    runs = grid(options) if options.experiment == "grid" else experiment(options.experiment, options, depth)
+    if of_images:
+        runs = image_runs(options)
+    elif options.experiment == "grid":
+        runs = grid(options)
+    else:
+        depth = AutoConfig.from_pretrained(options.backbone).num_hidden_layers
+        runs = experiment(options.experiment, options, depth)
     if not runs:
         parser().error(f"{options.experiment} has no run of `--systems {' '.join(options.systems)}`.")
     missing = [run for run in runs if not settings.path(run).exists()]

@@ -73,6 +73,8 @@ SECOND_STAGE = {
 }
 
 
+IMAGE_TASKS = {"cifar10": 10, "cifar100": 100}  # of images, see `images.py`; and their numbers of classes
+
 EXIT_FIELDS = (
     "exit_pooling",
     "exit_norm",
@@ -151,9 +153,17 @@ class Run:
         for name in EXIT_FIELDS:  # left out where they are the paper's, as before there was a choice
             if decides[name] == getattr(Run, name):
                 del decides[name]
-        digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:10]
         fold = "" if self.fold is None else f"-fold{self.fold}"
-        return f"{self.task}-{self.system}-seed{self.seed}{fold}-{digest}"
+        return f"{self.task}-{self.system}-seed{self.seed}{fold}-{digest(decides)}"
+
+    def train(self, settings: "Settings", folder: str) -> dict[str, Any]:
+        """One training, from the checkpoint to the logits."""
+        return train(self, settings, folder)
+
+
+def digest(decides: dict[str, Any]) -> str:
+    """Ten digits that differ wherever anything that decides a run does."""
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:10]
 
 
 @dataclass(frozen=True)
@@ -164,7 +174,8 @@ class Settings:
     Args:
         ledger (`Path`): the folder of the JSONs.
         backbone (`str`): folder or Hub name of a BERT checkpoint.
-        data (`str`, *optional*): a folder with a folder of parquet files per task; else `nyu-mll/glue`.
+        data (`str`, *optional*): a folder with a folder of parquet files per task; else `nyu-mll/glue`. Of images,
+            `<data>/<task>/{train,test}/<class>/<image>`.
     """
 
     ledger: Path
@@ -175,14 +186,14 @@ class Settings:
         return self.ledger / f"{run.name}.json"
 
 
-def perform(run: Run, settings: Settings) -> dict[str, Any]:
-    """Train, measure and write the JSON; a run whose file exists is read instead."""
+def perform(run: Any, settings: Settings) -> dict[str, Any]:
+    """Train, measure and write the JSON of a [`Run`] or an `ImageRun`; one whose file exists is read instead."""
     path = settings.path(run)
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
     started = time.time()
     with tempfile.TemporaryDirectory() as folder:
-        result = train(run, settings, folder)
+        result = run.train(settings, folder)
     result = {
         "run": asdict(run),
         "name": run.name,
@@ -443,7 +454,18 @@ def set_aside(rows: Dataset, run: Run) -> tuple[Dataset, Dataset]:
 
 def scorer(task_name: str) -> tuple[Callable[[np.ndarray, np.ndarray], dict[str, float]], str]:
     """What scores a task's answers, and the name of the score that compares exits and checkpoints."""
+    if task_name in IMAGE_TASKS:
+        return accuracy, "accuracy"
     return selection_scorer(GlueMetric(task_name))
+
+
+def main_metric(task_name: str) -> str:
+    """The name of the score that tables tell."""
+    return "accuracy" if task_name in IMAGE_TASKS else get_task(task_name).main_metric
+
+
+def accuracy(predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
+    return {"accuracy": float(np.mean(np.asarray(predictions) == np.asarray(references)))}
 
 
 def one_exit_metrics(task_name: str, prediction: EvalPrediction) -> dict[str, float]:

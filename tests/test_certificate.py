@@ -326,9 +326,7 @@ def test_what_it_tells():
     )
     assert found.exits["exit_temperatures"] == [1.0, 1.5, 1, 1, 1, 1]
     assert len(found.date.split("-")) == 3
-    assert found.promise() == (
-        "at most 0.05 of the texts get another answer than the last exit's, with confidence 0.9"
-    )
+    assert found.promise() == ("at most 0.05 of the rows get another answer than the last exit's, with confidence 0.9")
     with raises(FrozenInstanceError):
         found.max_loss = 0.01
 

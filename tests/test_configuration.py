@@ -124,7 +124,7 @@ def test_json_round_trip(values, tmp_path):
         ({"ga_granularity": "row"}, "Field 'ga_granularity' expected one of ('global', 'layer', 'tensor'), got row"),
         (
             {"exit_loss_weights": "log"},
-            "Field 'exit_loss_weights' expected one of ('linear', 'uniform', 'last'), got log",
+            "Field 'exit_loss_weights' expected one of ('linear', 'uniform', 'last', 'shallow_deep'), got log",
         ),
         ({"distillation": "all"}, "Field 'distillation' expected one of ('mutual', 'last_to_all', 'none'), got all"),
         (

@@ -44,7 +44,7 @@ TEXTS = [
     "they like the best scene in a great movie",
     "fine",
 ]
-CODE = {f"{name}_gaml.py" for name in ("checksums", "engine", "exiting", "exits", "losses", "pipeline")}
+CODE = {f"{name}_gaml.py" for name in ("checksums", "engine", "exiting", "exits", "exits_base", "losses", "pipeline")}
 CODE |= {"configuration_gaml.py", "modeling_gaml_bert.py"}
 
 # What a stranger runs: no gaml_hf, however it is installed. Prints JSON; argument: where to load from and save to.
@@ -307,7 +307,7 @@ def change_weights(change):
             set_("you/other--modeling.Model", "auto_map", "AutoModel"),
             "the class for `AutoModel` from another repository, `you/other--modeling.Model`.",
         ),
-        (lose("losses_gaml.py"), "`losses_gaml.py` is missing; `exits_gaml.py` needs it."),
+        (lose("losses_gaml.py"), "`losses_gaml.py` is missing; `exits_base_gaml.py` needs it."),
         (lose("pipeline_gaml.py"), "`pipeline_gaml.py` is missing; "),
         (lose("model.safetensors"), "`model.safetensors` is missing."),
         (lambda folder: os.truncate(folder / "model.safetensors", 5000), "`model.safetensors` cannot be read: "),

@@ -58,6 +58,13 @@ def test_exit_weights(exit_layers, scheme, expected):
     assert exit_weights(exit_layers, scheme) == approx(expected)
 
 
+def test_the_schedule_of_shallow_deep_networks():
+    """tau_m = min(C_m, 0.01 + C_m * progress) with C = 1/4, 1/2 (Kaya et al., 2019), and 1 for the last."""
+    for progress, raw in ((0.0, [0.01, 0.01, 1.0]), (0.5, [0.135, 0.26, 1.0]), (1.0, [0.25, 0.5, 1.0])):
+        expected = [weight / sum(raw) for weight in raw]
+        assert exit_weights([2, 4, 8], "shallow_deep", progress) == approx(expected)
+
+
 @mark.parametrize(
     ("distillation", "expected"),
     [

@@ -373,7 +373,7 @@ def test_the_tables_of_the_docs_are_those_of_the_ledger(tmp_path: Path):
     text = (root / "docs" / "experiments.md").read_text(encoding="utf-8")
     settings = re.search(r'^SETTINGS="(.*?)"$', text, re.M).group(1).replace("$MINILM", "all-MiniLM-L6-v2")
     commands = re.findall(r"^`(\w+ --tasks .*)`$", text, re.M)
-    assert {command.split()[0] for command in commands} == reports.REPORTS.keys()
+    assert {command.split()[0] for command in commands} == reports.REPORTS.keys() - {"table8"}  # docs/images.md
     for command in commands:
         depth = 12 if "$MPNET" in command else 6
         words = [*settings.split(), *command.replace("$MPNET", "all-mpnet-base-v2").split()]

@@ -25,6 +25,7 @@ from gaml_hf.hub import check_checkpoint, save_checkpoint
 from gaml_hf.models.handler import EndpointHandler
 from gaml_hf.runtime.ort import export_onnx
 from gaml_hf.runtime.scoring import ClassifierLoader, score_file
+from gaml_hf.training import script
 
 
 GOOD, BAD = ["good", "great", "fine", "best", "funny"], ["bad", "awful", "dull", "sad", "worst"]
@@ -156,9 +157,9 @@ def test_balanced_class_weights():
     """Those of scikit-learn, where each class has rows."""
     labels = [0, 0, 0, 0, 1, 2, 2]
     expected = compute_class_weight("balanced", classes=np.arange(3), y=labels)
-    assert run_glue_gaml.balanced_class_weights(labels, ["a", "b", "c"]) == approx(expected)
+    assert script.balanced_class_weights(labels, ["a", "b", "c"]) == approx(expected)
     with raises(ValueError, match="needs a row of each class among the training rows. 'd' has none"):
-        run_glue_gaml.balanced_class_weights(labels, ["a", "b", "c", "d"])
+        script.balanced_class_weights(labels, ["a", "b", "c", "d"])
 
 
 def test_rows_of_a_file_stay_in_their_order(common, tokenizer, bert_kwargs, tmp_path):
@@ -403,7 +404,7 @@ def test_a_policy_by_what_it_may_cost(common, files, tmp_path, capsys):
     out = tmp_path / "out"
     assert json.loads((out / "config.json").read_text())["exit_certificate"] == found
     assert json.loads((out / "run.json").read_text())["certificate"] == found
-    promise = "at most 0.4 of the texts get a wrong answer where the last exit's is right, with confidence 0.9"
+    promise = "at most 0.4 of the rows get a wrong answer where the last exit's is right, with confidence 0.9"
     assert promise in (out / "README.md").read_text()
     line = f"promised: {promise} ({found['num_rows']} rows set aside, {found['num_lost']} lost); here "
     assert line + f"{policy['observed_risk']:.4f}" in capsys.readouterr().out
@@ -683,7 +684,7 @@ def test_a_policy_cannot_be_chosen_without_rows(common, files):
 def test_a_word_where_bf16_will_crawl(common, files, monkeypatch, caplog, option):
     for cost, told in ((93.25, True), (0.4, False)):
         caplog.clear()
-        monkeypatch.setattr("run_glue_gaml.bfloat16_cost", lambda cost=cost: cost)
+        monkeypatch.setattr("gaml_hf.training.script.bfloat16_cost", lambda cost=cost: cost)
         with raises(ValueError, match="must have the splits"):  # it is told before any work
             run_glue_gaml.main([*common, option, *with_files(files, "validation"), "--do_train"])
         assert ("products take 93.2 times as long as in float32 on this processor" in caplog.text) == told
@@ -730,7 +731,7 @@ def test_the_command_shown_in_public():
     words = (
         "recipe.json --token=hf_a --hub_token hf_b --train_file=/home/me/train.csv --output_dir /my/out --alpha 0.3"
     )
-    assert run_glue_gaml.shown_command(words.split()) == (
+    assert script.shown_command(words.split(), "run_glue_gaml.py") == (
         "python run_glue_gaml.py recipe.json --token=... --hub_token ... --train_file=train.csv --output_dir out "
         "--alpha 0.3"
     )

@@ -16,7 +16,7 @@ from transformers import BertConfig, BertModel, Trainer, TrainerCallback, Traini
 
 from gaml_hf import PAPER_LETTER, GamlBertConfig, GamlBertForSequenceClassification, GamlTrainer
 from gaml_hf.evaluation import ExitMetrics
-from gaml_hf.models import exits_gaml
+from gaml_hf.models import exits_base_gaml
 from gaml_hf.training.alignment import RELATIVE_FLOOR
 from reference import alignment_reference, ce_loss_reference, kd_loss_reference
 
@@ -519,7 +519,7 @@ def test_exits_that_would_stay_random_are_refused(tmp_path, bert, monkeypatch, h
         make_trainer(tmp_path, model)
     assert "modules_to_save=model.exit_modules" in str(error.value)
     told = []
-    monkeypatch.setattr(exits_gaml.logger, "warning_once", told.append)
+    monkeypatch.setattr(exits_base_gaml.logger, "warning_once", told.append)
     model.eval()
     assert told == []
     model.train()  # as a stock Trainer does

@@ -2,13 +2,22 @@
 
 from importlib.metadata import version
 
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+import transformers
+from transformers import AutoConfig, AutoModel
 
-from .models.auto import GamlAutoConfig, GamlAutoModelForSequenceClassification, families
+from .models.auto import (
+    IMAGE_FAMILIES,
+    GamlAutoConfig,
+    GamlAutoModelForImageClassification,
+    GamlAutoModelForSequenceClassification,
+    families,
+)
 from .models.configuration_gaml import PAPER_LETTER
 from .models.exiting_gaml import ExitPolicy, policy_from_config
-from .models.exits_gaml import GamlSequenceClassifierOutput
+from .models.exits_base_gaml import GamlSequenceClassifierOutput
+from .models.image_pipeline_gaml import GamlImageClassificationPipeline
 from .models.modeling_gaml_bert import GamlBertConfig, GamlBertForSequenceClassification
+from .models.modeling_gaml_resnet import GamlResNetConfig, GamlResNetForImageClassification
 from .models.pipeline_gaml import GamlTextClassificationPipeline
 from .training.alignment import align_, alignment_coefficient, cos_angle
 from .training.trainer import GamlTrainer
@@ -17,21 +26,25 @@ from .training.trainer import GamlTrainer
 __version__ = version("gaml_hf")
 
 # The pipeline is not registered: the config names it (`custom_pipelines`); "text-classification" stays everybody's.
-for config_class, model_class in families():
+for config_class, model_class in (*families(), *families(IMAGE_FAMILIES)):
     AutoConfig.register(config_class.model_type, config_class)
     AutoModel.register(config_class, model_class)
-    AutoModelForSequenceClassification.register(config_class, model_class)
+    getattr(transformers, config_class.auto_class).register(config_class, model_class)
     # Makes every save carry the code.
     config_class.register_for_auto_class()
-    model_class.register_for_auto_class("AutoModelForSequenceClassification")
+    model_class.register_for_auto_class(config_class.auto_class)
 
 __all__ = [
     "PAPER_LETTER",
     "ExitPolicy",
     "GamlAutoConfig",
+    "GamlAutoModelForImageClassification",
     "GamlAutoModelForSequenceClassification",
     "GamlBertConfig",
     "GamlBertForSequenceClassification",
+    "GamlImageClassificationPipeline",
+    "GamlResNetConfig",
+    "GamlResNetForImageClassification",
     "GamlSequenceClassifierOutput",
     "GamlTextClassificationPipeline",
     "GamlTrainer",

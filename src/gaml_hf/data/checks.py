@@ -1,6 +1,6 @@
 """What is wrong with the rows, found before the first step: the error names split, row (from 0) and column."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -13,6 +13,8 @@ from transformers.trainer_utils import has_length
 
 # Names that the collators of Transformers turn into `labels`.
 LABEL_COLUMNS = ("labels", "label", "label_ids")
+
+TOKENS = ("input_ids", "inputs_embeds")  # one of which a row of text has
 
 ROWS_AT_ONCE = 10_000
 
@@ -44,9 +46,10 @@ def check_dataset(
     split: str,
     *,
     num_labels: int,
-    max_length: int,
+    max_length: int | None,
     needs_labels: bool = True,
     columns_are_final: bool = True,
+    inputs: Sequence[str] = TOKENS,
 ) -> None:
     """
     Check a whole dataset, in a time that does not count: a `datasets.Dataset` by its columns, a list row by row.
@@ -57,11 +60,12 @@ def check_dataset(
         dataset (`datasets.Dataset`, `torch.utils.data.Dataset`, ...): tokenized rows.
         split (`str`): its name in the error: `"train"`, `"eval"` or `"test"`.
         num_labels (`int`): labels must lie in `[0, num_labels - 1]`.
-        max_length (`int`): a row must have from 1 to this many tokens.
+        max_length (`int`, *optional*): a row of `input_ids` must have from 1 to this many.
         needs_labels (`bool`): whether a row may be without a label; for predictions it may.
         columns_are_final (`bool`):
             Whether the model sees the columns as they are. `False` with a collator or a transform of one's own, which
             may make labels and tokens out of others.
+        inputs (`list[str]`): columns of which there must be one.
 
     Raises:
         ValueError: there are no rows, no token ids or no labels; a row has no tokens or too many; a label is missing,
@@ -77,10 +81,9 @@ def check_dataset(
     if not isinstance(dataset, datasets.Dataset) or dataset.format["type"] == "custom":
         return
     columns = dataset.format["columns"]
-    if not {"input_ids", "inputs_embeds"} & set(columns):
-        raise ValueError(
-            f"The {split} dataset must have the column 'input_ids': tokenize its texts first. It has {columns}."
-        )
+    if not set(inputs) & set(columns):
+        hint = ": tokenize its texts first" if "input_ids" in inputs else ""
+        raise ValueError(f"The {split} dataset must have the column {inputs[0]!r}{hint}. It has {columns}.")
     labels = [column for column in LABEL_COLUMNS if column in columns]
     if needs_labels and not labels:
         raise ValueError(f"The {split} dataset must have the column 'labels' or 'label'. It has {columns}.")
@@ -88,7 +91,7 @@ def check_dataset(
         _raise_at_first(
             dataset, column, lambda values: _wrong_labels(values, num_labels), split, _label_rule(num_labels)
         )
-    if "input_ids" in columns:
+    if "input_ids" in columns and "input_ids" in inputs:
         rule = (
             f"must be a list of 1 to {max_length} tokens (`max_position_embeddings`; tokenize with `truncation=True`)"
         )

@@ -289,7 +289,7 @@ def read_split(
         else:
             way_out = "Take them out, or use them with `--allow_blank_texts`."
             _refuse(blank[column], split, column, "must hold more than blanks", way_out)
-    names = None if label_column is None else _class_names_of_rows(labels, rows, split, label_column)
+    names = None if label_column is None else row_class_names(labels, rows, split, label_column)
     if isinstance(rows, Dataset):
         return rows.select_columns(list(text_columns)), names
     stat = rows.path.stat()  # with the names, what the cache of `datasets` knows a file by
@@ -320,7 +320,7 @@ def _is_text(text: Any) -> bool:
         return False
 
 
-def _class_names_of_rows(labels: list[Any], rows: RowFile | Dataset, split: str, column: str) -> list[str]:
+def row_class_names(labels: list[Any], rows: RowFile | Dataset, split: str, column: str) -> list[str]:
     if (known := known_classes(rows, column)) is not None:
         labels = [None if label is None or label < 0 else known[label] for label in labels]
     wrong: dict[str, dict[int, Any]] = {MISSING: {}, SEVERAL: {}, FRACTION: {}}

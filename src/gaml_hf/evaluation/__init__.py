@@ -4,7 +4,7 @@ from .certificate import RISKS, ExitCertificate, certify, observed_risk, rows_ne
 from .choice import OperatingPoint, calibrate, choose, replay, sweep
 from .metrics import ExitMetrics, warn_of_one_class
 from .scores import Score, exit_mean, one_class_exits, overthinking, score_exits
-from .speed import flops_speed_up, latency_speed_up, layer_speed_up
+from .speed import flops_speed_up, image_flops, image_flops_speed_up, latency_speed_up, layer_speed_up
 
 
 __all__ = [
@@ -18,6 +18,8 @@ __all__ = [
     "choose",
     "exit_mean",
     "flops_speed_up",
+    "image_flops",
+    "image_flops_speed_up",
     "latency_speed_up",
     "layer_speed_up",
     "observed_risk",

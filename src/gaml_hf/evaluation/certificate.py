@@ -150,7 +150,7 @@ class ExitCertificate:
 
     def promise(self) -> str:
         """The promise as half a sentence."""
-        return f"at most {self.max_loss:.4g} of the texts {RISKS[self.risk]}, with confidence {self.confidence:.4g}"
+        return f"at most {self.max_loss:.4g} of the rows {RISKS[self.risk]}, with confidence {self.confidence:.4g}"
 
 
 def certify(

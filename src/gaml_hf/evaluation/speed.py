@@ -79,6 +79,52 @@ def flops_speed_up(
     return float((config.num_hidden_layers * layer + exit_).sum() / (exit_layer * layer + exits_run * exit_).sum())
 
 
+def image_flops_speed_up(
+    model: PreTrainedModel, exit_layer: np.ndarray | Tensor | Sequence[int], image_size: tuple[int, int]
+) -> float:
+    """
+    Speed-up in FLOPs of a model on images: the plain network's (all layers, the last exit alone) over those of the
+    stem, layers and exits that ran. Counted as in [`flops_speed_up`], convolutions and linear layers alone.
+
+    Args:
+        model ([`GamlResNetForImageClassification`]): any copy of it. It is not run; only its shapes are read.
+        exit_layer (`np.ndarray`, `torch.Tensor` or `list[int]`, of shape `(num_rows,)`):
+            The layer at which each image left, one of `config.exit_layers`.
+        image_size (`tuple[int, int]`): height and width of the images, as the model gets them.
+
+    Returns:
+        `float`: total over total, as `layer_speed_up`.
+    """
+    config = model.config
+    exit_layer = check_exit_layer(exit_layer, config.exit_layers)
+    stem, layers, exits = image_flops(model, image_size)
+    to_exit = stem + np.cumsum(layers)  # of the plain network up to each layer
+    early = np.cumsum([exits[m] for m in config.exit_layers])  # of the exits up to each
+    ran = to_exit[exit_layer - 1] + early[np.searchsorted(config.exit_layers, exit_layer)]
+    return float(len(exit_layer) * (to_exit[-1] + exits[config.exit_layers[-1]]) / ran.sum())
+
+
+def image_flops(model: PreTrainedModel, image_size: tuple[int, int]) -> tuple[int, list[int], dict[int, int]]:
+    """FLOPs for one image of its stem, of each layer, and of each exit by its layer; a multiply-add is 2."""
+    config = copy.deepcopy(model.config)
+    with torch.device("meta"), torch.no_grad():  # shapes without numbers: nothing is computed
+        shapes = type(model)(config).eval()
+
+        def counted(module, *inputs: Any) -> tuple[Any, int]:
+            with FlopCounterMode(display=False) as counter:
+                output = module(*inputs)
+            return output, counter.get_total_flops()
+
+        maps, stem = counted(shapes.base_model.embedder, torch.empty(1, config.num_channels, *image_size))
+        layers, exits = [], {}
+        for m, layer in enumerate(shapes.encoder_layers, start=1):
+            maps, flops = counted(layer, maps)
+            layers.append(flops)
+            if m in config.exit_layers:
+                exits[m] = counted(shapes._run_exit, m, maps)[1]
+    return stem, layers, exits
+
+
 def latency_speed_up(
     model: PreTrainedModel,
     rows: Sequence[Mapping[str, Any]],
@@ -96,7 +142,8 @@ def latency_speed_up(
     Args:
         model ([`GamlBertForSequenceClassification`]): on the device and in the dtype to measure. Left as it was.
         rows (`list[dict]`): tokenized texts without padding, with `input_ids` and, if the task has them,
-            `token_type_ids`; other columns are ignored. Batched in this order, padded on the right.
+            `token_type_ids`; other columns are ignored. Batched in this order, padded on the right. Or images, with
+            `pixel_values` of one size.
         exit_policy ([`ExitPolicy`], *optional*): defaults to the config's.
         batch_size (`int`, *optional*, defaults to 1): rows that run together; 1 is the paper's setting.
         repeats (`int`, *optional*, defaults to 7): rounds, from 1.
@@ -108,10 +155,7 @@ def latency_speed_up(
     for name, value in (("batch_size", batch_size), ("repeats", repeats), ("the number of `rows`", len(rows))):
         if value < 1:
             raise ValueError(f"{name if ' ' in name else f'`{name}`'} must be at least 1. Got {value}.")
-    batches = [
-        _pad(rows[start : start + batch_size], model.config.pad_token_id, model.device)
-        for start in range(0, len(rows), batch_size)
-    ]
+    batches = [_batch(rows[start : start + batch_size], model) for start in range(0, len(rows), batch_size)]
     runs = {
         # All exits, of which there is one: the stock layers, padded, without our engine's savings.
         "full_depth": (_without_early_exits(model), {"exit_policy": FullDepth(), "output_exit_logits": True}),
@@ -185,8 +229,12 @@ def _seconds(model: PreTrainedModel, options: Mapping[str, Any], batches: list[d
     return time.perf_counter() - start
 
 
-def _pad(rows: Sequence[Mapping[str, Any]], pad_token_id: int | None, device: torch.device) -> dict[str, Tensor]:
-    """One batch, padded on the right, on `device`."""
+def _batch(rows: Sequence[Mapping[str, Any]], model: PreTrainedModel) -> dict[str, Tensor]:
+    """One batch, of texts padded on the right, on the model's device; images in its type."""
+    device = model.device
+    if "pixel_values" in rows[0]:
+        return {"pixel_values": torch.stack([row["pixel_values"] for row in rows]).to(device, model.dtype)}
+    pad_token_id = model.config.pad_token_id
     input_ids = [torch.as_tensor(row["input_ids"]) for row in rows]
     batch = {
         "input_ids": pad_sequence(input_ids, batch_first=True, padding_value=pad_token_id or 0),

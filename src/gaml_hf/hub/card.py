@@ -7,6 +7,7 @@ from importlib.metadata import requires
 from math import isfinite
 from pathlib import Path
 
+import torch
 from huggingface_hub import (
     EvalResult,
     ModelCard,
@@ -16,6 +17,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from gaml_hf.evaluation import ExitCertificate, OperatingPoint
+from gaml_hf.models.auto import classes_of
 from gaml_hf.models.configuration_gaml import GamlConfigMixin
 from gaml_hf.models.exiting_gaml import EXIT_POLICIES
 
@@ -140,7 +142,8 @@ def render_card(
     run = {f"rows, {use}": number for use, number in (rows or {}).items()}
     run |= {"seed": seed, "date": date, "hardware": hardware, **{f"`{k}`": v for k, v in (versions or {}).items()}}
 
-    name = model_name or "gaml-bert"
+    is_text = config.pipeline_type == "text"
+    name = model_name or ("gaml-bert" if is_text else "gaml-images")
     layers = config.num_hidden_layers
     results = []  # metric, what it is of, score
     if chosen is not None:
@@ -153,14 +156,14 @@ def render_card(
         language=language,
         license=license,
         library_name="transformers",
-        pipeline_tag="text-classification",
+        pipeline_tag=config.pipeline_task,
         base_model=_hub_id(base_model),
         datasets=[dataset] if _hub_id(dataset) else None,
         metrics=list(parts) or ([metric_name] if metric_name else None),
-        tags=["gaml-bert", "early-exit"],
+        tags=["gaml-bert" if is_text else "gaml", "early-exit"],
         eval_results=[
             EvalResult(
-                task_type="text-classification",
+                task_type=config.pipeline_task,
                 dataset_type=dataset,
                 dataset_name=f"{dataset} ({task})" if task else dataset,
                 dataset_config=task,
@@ -181,6 +184,8 @@ def render_card(
         template_path=str(Path(__file__).with_name("model_card.md")),
         name=name,
         config=config,
+        is_text=is_text,
+        heads=None if is_text else _head_parameters(config),
         requirement=next(name for name in requires("gaml_hf") if name.startswith("transformers")),
         labels=[config.id2label[index] for index in sorted(config.id2label)],
         start=base_model if _hub_id(base_model) else base_model and Path(base_model).name,
@@ -212,6 +217,12 @@ def render_card(
         figures=[(figure, FIGURES[figure]) for figure in figures],
     )
     return str(card) + "\n"
+
+
+def _head_parameters(config: GamlConfigMixin) -> tuple[int, int]:
+    """Parameters of the exits that a plain network has not, and of the network."""
+    with torch.device("meta"):  # shapes alone
+        return classes_of(config.model_type)[1](config).head_parameters()
 
 
 def _measured(*values: float | None) -> bool:

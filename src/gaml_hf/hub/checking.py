@@ -10,7 +10,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import filter_repo_objects
 from safetensors import SafetensorError, safe_open
-from transformers import AutoTokenizer
+from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.dynamic_module_utils import get_relative_imports
 
 from gaml_hf.models.auto import GamlAutoConfig, GamlAutoModelForSequenceClassification
@@ -38,14 +38,15 @@ TRAINING_STATE = (
     ".cache/*",
 )
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+PROCESSOR = "preprocessor_config.json"
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def check_checkpoint(folder: str | os.PathLike) -> None:
     """
     Check that a folder holds all that loading it elsewhere needs: a valid config which names its code, every file of
-    that code, finite safetensors weights for exactly the model that the config describes, a tokenizer that fits it,
-    and no pickle. Training state, which is never pushed, is not looked at.
+    that code, finite safetensors weights for exactly the model that the config describes, a tokenizer that fits it or,
+    for images, an image processor, and no pickle. Training state, which is never pushed, is not looked at.
 
     Args:
         folder (`str` or `os.PathLike`): the checkpoint.
@@ -82,11 +83,12 @@ def find_problems(folder: Path) -> list[str]:
         return [*problems, "`config.json` is missing."]
     except (OSError, ValueError, TypeError, StrictDataclassError) as error:
         return [*problems, f"`config.json` is not valid: {error}"]
+    is_text = config.pipeline_type == "text"
     return (
         problems
-        + _code_problems(folder, names)
+        + _code_problems(folder, names, config)
         + _weight_problems(folder, config)
-        + _tokenizer_problems(folder, config)
+        + (_tokenizer_problems(folder, config) if is_text else _image_processor_problems(folder))
     )
 
 
@@ -104,19 +106,20 @@ def _leads_out(folder: Path, name: str) -> bool:
     return not target.is_relative_to(folder) and target.parent != blobs
 
 
-def _code_problems(folder: Path, config: Mapping) -> list[str]:
-    references = dict(config.get("auto_map") or {})
+def _code_problems(folder: Path, names: Mapping, config: GamlConfigMixin) -> list[str]:
+    references = dict(names.get("auto_map") or {})
     problems = [
         f"`auto_map` in `config.json` does not name the class for `{auto_class}`."
-        for auto_class in ("AutoConfig", "AutoModel", "AutoModelForSequenceClassification")
+        for auto_class in ("AutoConfig", "AutoModel", config.auto_class)
         if auto_class not in references
     ]
-    pipelines = config.get("custom_pipelines") or {}
-    if "text-classification" not in pipelines:
-        problems.append("`custom_pipelines` in `config.json` does not name the class for `text-classification`.")
+    pipelines = names.get("custom_pipelines") or {}
+    if (task := config.pipeline_task) not in pipelines:
+        problems.append(f"`custom_pipelines` in `config.json` does not name the class for `{task}`.")
     named = [("config.json", name, reference) for name, reference in references.items()]
     named += [("config.json", task, pipeline.get("impl")) for task, pipeline in pipelines.items()]
-    named += [("tokenizer_config.json", *pair) for pair in _tokenizer_classes(folder)]
+    for file, auto_class in (("tokenizer_config.json", "AutoTokenizer"), (PROCESSOR, "AutoImageProcessor")):
+        named += [(file, *pair) for pair in _classes_in(folder / file, auto_class)]
     needed = {}  # module: who needs it
     for file, name, reference in named:
         if not isinstance(reference, str) or not re.fullmatch(r"\w+\.\w+", reference):
@@ -136,14 +139,14 @@ def _code_problems(folder: Path, config: Mapping) -> list[str]:
     return problems
 
 
-def _tokenizer_classes(folder: Path) -> list[tuple[str, str]]:
-    """What `tokenizer_config.json` names as code: mostly nothing."""
+def _classes_in(path: Path, auto_class: str) -> list[tuple[str, str]]:
+    """What the file of a tokenizer or an image processor names as code: mostly nothing."""
     try:
-        found = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("auto_map") or {}
+        found = json.loads(path.read_text(encoding="utf-8")).get("auto_map") or {}
     except (OSError, ValueError, AttributeError):  # told elsewhere
         return []
     if not isinstance(found, Mapping):
-        found = {"AutoTokenizer": found}
+        found = {auto_class: found}
     pairs = [
         (name, value) for name, values in found.items() for value in (values if isinstance(values, list) else [values])
     ]
@@ -189,6 +192,16 @@ def _weight_problems(folder: Path, config: GamlConfigMixin) -> list[str]:
             more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
             problems.append(f"The weights {what} {', '.join(keys[:4])}{more}.")
     return problems
+
+
+def _image_processor_problems(folder: Path) -> list[str]:
+    if not (folder / PROCESSOR).is_file():
+        return [f"`{PROCESSOR}` is missing."]
+    try:
+        AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # upstream raises nothing narrower
+        return [f"The image processor cannot be loaded: {error}"]
+    return []
 
 
 def _tokenizer_problems(folder: Path, config: GamlConfigMixin) -> list[str]:

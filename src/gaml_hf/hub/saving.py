@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from .card import FIGURES, render_card
-from .checking import WEIGHTS_INDEX, find_problems
+from .checking import PROCESSOR, WEIGHTS_INDEX, find_problems
 from .folders import explain_full_disk, save_tokenizer, staging_folder
+
+
+DECIDES = ("config.json", "vocab.txt", PROCESSOR)  # what an answer depends on, beside the weights
 
 
 def save_checkpoint(model, tokenizer, folder: str | os.PathLike, *, card: Mapping | None = None) -> Path:
@@ -27,7 +30,7 @@ def save_checkpoint(model, tokenizer, folder: str | os.PathLike, *, card: Mappin
 
     Args:
         model ([`GamlBertForSequenceClassification`]): the model itself, not one wrapped for several GPUs.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): its tokenizer.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): its tokenizer; for images, its image processor.
         folder (`str` or `os.PathLike`): where to; made if it is not there.
         card (`dict`, *optional*):
             Keyword arguments of [`render_card`]; `figures` is filled in from the folder, `max_length` from the
@@ -47,10 +50,14 @@ def save_checkpoint(model, tokenizer, folder: str | os.PathLike, *, card: Mappin
     stage = staging_folder(folder if exists else folder.parent)
     try:
         model.save_pretrained(stage)
-        save_tokenizer(tokenizer, stage)
+        is_text = model.config.pipeline_type == "text"
+        if is_text:
+            save_tokenizer(tokenizer, stage)
+        else:
+            tokenizer.save_pretrained(stage)
         if card is not None or not (folder / "README.md").exists():
             figures = [name for name in FIGURES if (folder / name).exists()]
-            length = min(tokenizer.model_max_length, model.config.max_input_length)
+            length = min(tokenizer.model_max_length, model.config.max_input_length) if is_text else None
             values = {"figures": figures, "max_length": length} | dict(card or {})
             text = render_card(model.config, **values | {"model_name": values.get("model_name") or folder.name})
             (stage / "README.md").write_text(text, encoding="utf-8")
@@ -76,7 +83,7 @@ def save_checkpoint(model, tokenizer, folder: str | os.PathLike, *, card: Mappin
 def _move_in(stage: Path, folder: Path) -> None:
     """Replace files of `folder` by those of `stage`, `config.json` last; see [`save_checkpoint`]."""
     new = sorted(stage.iterdir(), key=lambda path: path.name == "config.json")
-    decides = [path for path in new if path.name == "config.json" or "token" in path.name or path.name == "vocab.txt"]
+    decides = [path for path in new if path.name in DECIDES or "token" in path.name]
     # What is there already is not moved: the less, the shorter the folder is without its config.
     kept = {path for path in new if path.suffix != ".safetensors" and _is_there(path, folder / path.name)}
     if not kept.issuperset(decides):

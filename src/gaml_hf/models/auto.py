@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 
-# Every family: its module, and the class names in it without `Config` and `ForSequenceClassification`.
+# Every family of texts: its module, and the class names in it without `Config` and `ForSequenceClassification`.
 FAMILIES = {
     "modeling_gaml_albert": "GamlAlbert",
     "modeling_gaml_bert": "GamlBert",
@@ -21,25 +21,33 @@ FAMILIES = {
 }
 
 
-def families() -> list[tuple[type[PreTrainedConfig], type[PreTrainedModel]]]:
-    """The configuration and model class of every family."""
-    modules = {name: import_module(f".{name}", __package__) for name in FAMILIES}
-    return [
-        (getattr(modules[name], f"{prefix}Config"), getattr(modules[name], f"{prefix}ForSequenceClassification"))
-        for name, prefix in FAMILIES.items()
-    ]
+# Of images: the same, without `Config` and `ForImageClassification`.
+IMAGE_FAMILIES = {"modeling_gaml_resnet": "GamlResNet"}
+
+
+def families(
+    names: Mapping[str, str] = FAMILIES,
+) -> list[tuple[type[PreTrainedConfig], type[PreTrainedModel]]]:
+    """The configuration and model class of every family of texts, or of `IMAGE_FAMILIES`."""
+    found = []
+    for name, prefix in names.items():
+        module = import_module(f".{name}", __package__)
+        config_class = getattr(module, f"{prefix}Config")
+        found.append((config_class, getattr(module, config_class.model_class_name())))
+    return found
 
 
 def classes_of(model_type: str | None) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]] | None:
     """The classes with exits for checkpoints of this `model_type`, plain or ours; `None` where there are none."""
-    for config_class, model_class in families():
+    for config_class, model_class in (*families(), *families(IMAGE_FAMILIES)):
         if model_type in (*config_class.plain_model_types, config_class.model_type):
             return config_class, model_class
     return None
 
 
 def _plain_types() -> list[str]:
-    return sorted(kind for config_class, _ in families() for kind in config_class.plain_model_types)
+    classes = (*families(), *families(IMAGE_FAMILIES))
+    return sorted(kind for config_class, _ in classes for kind in config_class.plain_model_types)
 
 
 def _classes_for(name: Any, kwargs: Mapping[str, Any]) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
@@ -85,15 +93,23 @@ class GamlAutoModelForSequenceClassification:
     that was saved with exits.
     """
 
+    auto_class = "AutoModelForSequenceClassification"
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> PreTrainedModel:
         """
         As [`~transformers.PreTrainedModel.from_pretrained`] of the family that the checkpoint is of.
 
         Raises:
-            ValueError: there is no such family here; names those that there are.
+            ValueError: there is no such family here, names those that there are; or it is of the other kind, of
+                images or of texts.
         """
-        _, model_class = _classes_for(pretrained_model_name_or_path, kwargs)
+        config_class, model_class = _classes_for(pretrained_model_name_or_path, kwargs)
+        if config_class.auto_class != cls.auto_class:
+            raise ValueError(
+                f"`{pretrained_model_name_or_path}` holds a model for `Gaml{config_class.auto_class}`. Got "
+                f"`{cls.__name__}`."
+            )
         return model_class.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @classmethod
@@ -105,4 +121,10 @@ class GamlAutoModelForSequenceClassification:
         return model_class(config)
 
 
-__all__ = ["GamlAutoConfig", "GamlAutoModelForSequenceClassification"]
+class GamlAutoModelForImageClassification(GamlAutoModelForSequenceClassification):
+    """As [`GamlAutoModelForSequenceClassification`], for checkpoints that classify images (`microsoft/resnet-50`)."""
+
+    auto_class = "AutoModelForImageClassification"
+
+
+__all__ = ["GamlAutoConfig", "GamlAutoModelForImageClassification", "GamlAutoModelForSequenceClassification"]

@@ -50,8 +50,9 @@ class GamlConfigMixin:
             Whether new exits start at a logistic regression on what the layers of the checkpoint already tell, and not
             at random. Read by [`GamlTrainer`].
         exit_loss_weights (`str`, *optional*, defaults to `"linear"`):
-            Weights of the exits in L^CE: `"linear"` (Eq. 1), `"uniform"`, or `"last"` (plain fine-tuning). Read in
-            training.
+            Weights of the exits in L^CE: `"linear"` (Eq. 1), `"uniform"`, `"last"` (plain fine-tuning), or
+            `"shallow_deep"`, which begins with little more than the last one (Kaya et al., 2019; its schedule needs a
+            [`GamlTrainer`]). Read in training.
         class_weights (`list[float]`, *optional*):
             What a row of each class weighs in L^CE at every exit, one finite number from 0 per class; 1 by default.
             Where they are 1 in the mean over the training rows, as `--class_weights balanced` makes them, L^CE keeps
@@ -64,6 +65,9 @@ class GamlConfigMixin:
             losses of one size. Read in training.
         kd_temperature (`float`, *optional*, defaults to 1.0):
             Temperature of L^KD, above 0; the loss is multiplied by its square. Read in training.
+        kd_temperature_growth (`float`, *optional*, defaults to 1.0):
+            From 1. `kd_temperature` is multiplied by this after each step in which the last exit's largest probability
+            at it is above 0.5 in the mean (Phuong & Lampert, 2019: 1.05). Read by [`GamlTrainer`].
         alpha (`float`, *optional*, defaults to 0.2):
             α of Eqs. 2, 6 and 7, in `[0, 1]`. Read in training, never at inference.
         ga_mode (`str`, *optional*, defaults to `"soft"`):
@@ -98,6 +102,11 @@ class GamlConfigMixin:
     # Of a family's class, beside its `model_type`: `model_type` of the plain checkpoints that it starts from.
     plain_model_types: ClassVar[tuple[str, ...]] = ()
     has_pooler: ClassVar[bool] = False  # whether its encoder has a pooler as BERT's, for `exit_pooler="shared"`
+    # Of a kind of models: its Auto class, whose ending the model's name has; its pipeline, with task and input.
+    auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
+    pipeline_class: ClassVar[str] = "pipeline_gaml.GamlTextClassificationPipeline"
+    pipeline_task: ClassVar[str] = "text-classification"
+    pipeline_type: ClassVar[str] = "text"
 
     exit_layers: list[int] | None = None
     exit_pooling: Literal["cls", "mean"] = "mean"
@@ -105,11 +114,12 @@ class GamlConfigMixin:
     exit_norm: Literal["none", "layer"] = "none"
     exit_learning_rate_multiplier: float | int = 10.0
     exit_warm_start: bool = True
-    exit_loss_weights: Literal["linear", "uniform", "last"] = "linear"
+    exit_loss_weights: Literal["linear", "uniform", "last", "shallow_deep"] = "linear"
     class_weights: list[float | int] | None = None
     distillation: Literal["mutual", "last_to_all", "none"] | list[list[int]] = "mutual"
     kd_reduction: Literal["sum", "mean"] = "mean"
     kd_temperature: float | int = 1.0
+    kd_temperature_growth: float | int = 1.0
     alpha: float | int = 0.2
     ga_mode: Literal["none", "soft", "hard"] = "soft"
     ga_granularity: Literal["global", "layer", "tensor"] = "layer"
@@ -140,19 +150,19 @@ class GamlConfigMixin:
             self.exit_certificate = None
         # A repository is used through these names, whether this package wrote it or a copy loaded from a Hub.
         # Both are set afresh: a dict shared with another config, or a "repo--" prefix, must not survive a second save.
-        family = self._family()
-        model_class = f"modeling_{self.model_type}.{family.removesuffix('Config')}ForSequenceClassification"
+        module = f"modeling_{self.model_type}"
+        model_class = f"{module}.{self.model_class_name()}"
         kwargs["auto_map"] = {
-            "AutoConfig": f"modeling_{self.model_type}.{family}",
+            "AutoConfig": f"{module}.{self._family()}",
             "AutoModel": model_class,
-            "AutoModelForSequenceClassification": model_class,
+            self.auto_class: model_class,
         }
         kwargs["custom_pipelines"] = {
-            "text-classification": {
-                "impl": "pipeline_gaml.GamlTextClassificationPipeline",
-                "pt": ["AutoModelForSequenceClassification"],
+            self.pipeline_task: {
+                "impl": self.pipeline_class,
+                "pt": [self.auto_class],
                 "default": {},
-                "type": "text",
+                "type": self.pipeline_type,
             }
         }
         super().__post_init__(**kwargs)
@@ -161,6 +171,11 @@ class GamlConfigMixin:
     def _family(cls) -> str:
         """Name of the family's configuration, also for a subclass of it."""
         return next(c.__name__ for c in cls.__mro__ if "plain_model_types" in vars(c))
+
+    @classmethod
+    def model_class_name(cls) -> str:
+        """Name of the family's model class, `GamlBertForSequenceClassification` say."""
+        return cls._family().removesuffix("Config") + cls.auto_class.removeprefix("AutoModel")
 
     @property
     def num_exits(self) -> int:
@@ -181,7 +196,11 @@ class GamlConfigMixin:
     @property
     def comes_with_exits(self) -> bool:
         """Whether the checkpoint that this was read from was saved with exits."""
-        return f"{self._family().removesuffix('Config')}ForSequenceClassification" in (self.architectures or [])
+        return self.model_class_name() in (self.architectures or [])
+
+    def exit_size(self, m: int) -> int:
+        """How many numbers the linear classifier of exit m reads."""
+        return self.hidden_size
 
     @property
     def layer_of_depth(self) -> list[int]:
@@ -221,7 +240,7 @@ class GamlConfigMixin:
             raise ValueError(
                 f"{cls._family()} is for checkpoints of type {', '.join(cls.plain_model_types)} or {cls.model_type}. "
                 f"`{pretrained_model_name_or_path}` holds a model of type `{model_type}`; "
-                "`GamlAutoModelForSequenceClassification` finds the class for it, where there is one."
+                f"`Gaml{cls.auto_class}` finds the class for it, where there is one."
             )
         if model_type != cls.model_type:  # else the config would go on calling itself "bert"
             config_dict = {key: value for key, value in config_dict.items() if key != "model_type"}
@@ -293,6 +312,11 @@ class GamlConfigMixin:
         if not 0 < self.kd_temperature < float("inf"):
             raise ValueError(
                 f"`kd_temperature` must be a finite number above 0. Got `kd_temperature={self.kd_temperature}`."
+            )
+        if not 1 <= self.kd_temperature_growth < float("inf"):
+            raise ValueError(
+                "`kd_temperature_growth` must be a finite number of at least 1. "
+                f"Got `kd_temperature_growth={self.kd_temperature_growth}`."
             )
         if not 0 < self.exit_learning_rate_multiplier < float("inf"):
             raise ValueError(

@@ -11,13 +11,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def exit_weights(exit_layers: Sequence[int], scheme: str) -> list[float]:
+def exit_weights(exit_layers: Sequence[int], scheme: str, progress: float = 0.0) -> list[float]:
     """
     Weight of each exit in `L^CE` (Eq. 1): `m / sum(m)` over the exits that are there.
 
     Args:
         exit_layers (`list[int]`): the layer `m` of each exit, rising.
         scheme (`str`): `"linear"` is Eq. 1; `"uniform"` weighs all exits alike; `"last"` is plain fine-tuning.
+            `"shallow_deep"` (Kaya et al., 2019): `min(C_m, 0.01 + C_m * progress)` for all but the last, which weighs
+            1, with `C_m = m / M` the share of the layers below exit `m`. Theirs do not sum to 1: with an exit after
+            each of 27 layers the first steps would be as safe, and the last ones 14 times as long.
+        progress (`float`): share of the training that is over, in `[0, 1]`; for `"shallow_deep"`.
 
     Returns:
         `list[float]`: one weight per exit; they sum to 1.
@@ -26,6 +30,7 @@ def exit_weights(exit_layers: Sequence[int], scheme: str) -> list[float]:
         "linear": [float(m) for m in exit_layers],
         "uniform": [1.0] * len(exit_layers),
         "last": [0.0] * (len(exit_layers) - 1) + [1.0],
+        "shallow_deep": [min(c, 0.01 + c * progress) for c in (m / exit_layers[-1] for m in exit_layers[:-1])] + [1.0],
     }[scheme]
     return [weight / sum(raw) for weight in raw]
 

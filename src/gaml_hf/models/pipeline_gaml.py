@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass
 from types import GeneratorType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.utils.data import Dataset, IterableDataset
@@ -48,7 +48,71 @@ if hasattr(os, "register_at_fork"):  # a DataLoader's worker must not inherit a 
     os.register_at_fork(after_in_child=_renew_tokenizer_lock)
 
 
-class GamlTextClassificationPipeline(TextClassificationPipeline):
+class ExitPipelineMixin:
+    """What a pipeline for a model with exits adds to the stock one, whatever it reads: the say in where rows leave."""
+
+    known_arguments: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, model, **kwargs):
+        if not hasattr(model.config, "exit_layers"):
+            raise ValueError(
+                f"`model` must be one with exits: its config names `exit_layers`. Got a {type(model).__name__}."
+            )
+        check_counts(kwargs)
+        self._exit_defaults = {}
+        super().__init__(model=model, **kwargs)
+        self._exit_defaults = {name: kwargs.get(name) for name in EXIT_FIELDS}
+
+    def check_model_type(self, supported_models):
+        """Done above: upstream looks for the class name among the registered ones and logs an error without it."""
+
+    @classmethod
+    def _refuse_unknown(cls, kwargs: dict[str, Any]) -> None:
+        known = cls.known_arguments
+        for key in kwargs:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                meant = f"Did you mean `{near[0]}`?" if near else f"The arguments are {', '.join(known)}."
+                name = key if len(key) < 50 else f"{key[:50]}..."
+                raise ValueError(f"`{name}` is not an argument of this pipeline. {meant}")
+
+    def _exit_policy(self, exit_policy, **changes):
+        """The policy that the arguments of a call name, on top of those given at construction and of the config's."""
+        if exit_policy is not None:
+            given = [name for name, value in changes.items() if value is not None]
+            if given:
+                raise ValueError(f"`exit_policy` takes the place of `{given[0]}`: give one of them. Got both.")
+            if isinstance(exit_policy, type) or not callable(exit_policy) or not hasattr(exit_policy, "may_exit"):
+                raise ValueError(
+                    "`exit_policy` must be an object such as `Patience(2)`, which called with exit logits decides "
+                    f"which rows leave. Got {_shown(exit_policy)}."
+                )
+            return exit_policy
+        config = copy.copy(self.model.config)
+        fields = {name: getattr(config, name) for name in EXIT_FIELDS}
+        # Into the copy's dict: its own setter would check types in other words than the policies'.
+        vars(config).update(_changed_exits(_changed_exits(fields, self._exit_defaults), changes))
+        return policy_from_config(config)
+
+    def _check_training_mode(self) -> None:
+        if self.model.training:
+            raise ValueError("The model is in training mode: it would answer at random. Call `model.eval()` first.")
+
+    def _error_of(self, model_outputs: dict[str, Any], on_error: str) -> str | None:
+        """What is wrong with a row or its answer; raised unless bad rows are skipped."""
+        about = model_outputs["about"]
+        if about["error"] is not None or torch.isfinite(model_outputs["logits"]).all():
+            return about["error"]
+        error = (
+            f"{about['row']}: the model answered with NaN or infinite logits. Its weights are broken, or too "
+            f"large for {self.model.dtype}."
+        )
+        if on_error == "raise":
+            raise ValueError(error)
+        return error
+
+
+class GamlTextClassificationPipeline(ExitPipelineMixin, TextClassificationPipeline):
     """
     [`~transformers.TextClassificationPipeline`] for a model with exits: the same calls and the same shapes of answers,
     and each answer, a dict, also says where its row left.
@@ -104,19 +168,12 @@ class GamlTextClassificationPipeline(TextClassificationPipeline):
     ```
     """
 
-    def __init__(self, model, tokenizer=None, **kwargs):
-        if not hasattr(model.config, "exit_layers"):
-            raise ValueError(
-                f"`model` must be one with exits: its config names `exit_layers`. Got a {type(model).__name__}."
-            )
-        _check_tokenizer(tokenizer, model.config)
-        _check_counts(kwargs)
-        self._exit_defaults = {}
-        super().__init__(model=model, tokenizer=tokenizer, **kwargs)
-        self._exit_defaults = {name: kwargs.get(name) for name in EXIT_FIELDS}
+    known_arguments = (*EXIT_ARGUMENTS, *OTHER_ARGUMENTS, *TOKENIZER_ARGUMENTS)
 
-    def check_model_type(self, supported_models):
-        """Done above: upstream looks for the class name among the registered ones and logs an error without it."""
+    def __init__(self, model, tokenizer=None, **kwargs):
+        if hasattr(model.config, "exit_layers"):
+            _check_tokenizer(tokenizer, model.config)
+        super().__init__(model=model, tokenizer=tokenizer, **kwargs)
 
     def __call__(self, inputs, **kwargs):
         """
@@ -134,7 +191,7 @@ class GamlTextClassificationPipeline(TextClassificationPipeline):
             reads and answers as it is consumed for datasets, generators and iterators. With `top_k`, a list of
             answers, best first, takes the place of one answer, and of the list around the answer to a `str`.
         """
-        _check_counts(kwargs)
+        check_counts(kwargs)
         return super().__call__(_as_rows(inputs), **kwargs)
 
     @property
@@ -150,37 +207,27 @@ class GamlTextClassificationPipeline(TextClassificationPipeline):
         exits = {name: kwargs.pop(name, None) for name in EXIT_ARGUMENTS}
         top_k = {"top_k": kwargs.pop("top_k")} if "top_k" in kwargs else {}  # None is a value: all labels
         if top_k and top_k["top_k"] is not None:
-            _check_count("top_k", top_k["top_k"], 1, ", or None for all labels")
+            check_count("top_k", top_k["top_k"], 1, ", or None for all labels")
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
         self._check_tokenizer_arguments(kwargs)
         if function_to_apply is not None:
             name = function_to_apply.lower() if isinstance(function_to_apply, str) else function_to_apply
-            _check_choice("function_to_apply", name, ("default", "softmax", "sigmoid", "none"))
+            check_choice("function_to_apply", name, ("default", "softmax", "sigmoid", "none"))
             function_to_apply = "softmax" if name == "default" else name
         preprocess_params, forward_params, postprocess_params = super()._sanitize_parameters(
             function_to_apply=function_to_apply, **top_k, **kwargs
         )
         if on_error is not None:
-            _check_choice("on_error", on_error, ("raise", "skip"))
+            check_choice("on_error", on_error, ("raise", "skip"))
             preprocess_params["on_error"] = postprocess_params["on_error"] = on_error
         if any(value is not None for value in exits.values()):
             forward_params["exit_policy"] = self._exit_policy(**exits)
         return preprocess_params, forward_params, postprocess_params
 
-    @staticmethod
-    def _refuse_unknown(kwargs: dict[str, Any]) -> None:
-        known = (*EXIT_ARGUMENTS, *OTHER_ARGUMENTS, *TOKENIZER_ARGUMENTS)
-        for key in kwargs:
-            if key not in known:
-                near = difflib.get_close_matches(key, known, n=1)
-                meant = f"Did you mean `{near[0]}`?" if near else f"The arguments are {', '.join(known)}."
-                name = key if len(key) < 50 else f"{key[:50]}..."
-                raise ValueError(f"`{name}` is not an argument of this pipeline. {meant}")
-
     def _check_tokenizer_arguments(self, kwargs: dict[str, Any]) -> None:
         for name, value in kwargs.items():
             if name != "max_length":
-                _check_choice(name, value, TOKENIZER_ARGUMENTS[name])
+                check_choice(name, value, TOKENIZER_ARGUMENTS[name])
         max_length = kwargs.get("max_length")
         limit = self.model.config.max_input_length
         if max_length is not None and (type(max_length) is not int or not MIN_LENGTH <= max_length <= limit):
@@ -189,31 +236,11 @@ class GamlTextClassificationPipeline(TextClassificationPipeline):
                 f"model can read (`max_position_embeddings`). Got `max_length={shown(max_length)}`."
             )
 
-    def _exit_policy(self, exit_policy, **changes):
-        """The policy that the arguments of a call name, on top of those given at construction and of the config's."""
-        if exit_policy is not None:
-            given = [name for name, value in changes.items() if value is not None]
-            if given:
-                raise ValueError(f"`exit_policy` takes the place of `{given[0]}`: give one of them. Got both.")
-            if isinstance(exit_policy, type) or not callable(exit_policy) or not hasattr(exit_policy, "may_exit"):
-                raise ValueError(
-                    "`exit_policy` must be an object such as `Patience(2)`, which called with exit logits decides "
-                    f"which rows leave. Got {_shown(exit_policy)}."
-                )
-            return exit_policy
-        config = copy.copy(self.model.config)
-        fields = {name: getattr(config, name) for name in EXIT_FIELDS}
-        # Into the copy's dict: its own setter would check types in other words than the policies'.
-        vars(config).update(_changed_exits(_changed_exits(fields, self._exit_defaults), changes))
-        return policy_from_config(config)
-
     # One row
 
     def preprocess(self, inputs, on_error="raise", **tokenizer_kwargs) -> dict[str, Any]:
         """The model's inputs, and under `"about"` what `postprocess` needs to know of this row."""
-        name = "`inputs`"
-        if isinstance(inputs, _Row):
-            name, inputs = f"`inputs[{inputs.number}]`", inputs.value
+        name, inputs = numbered_row(inputs)
         error = None
         try:
             encoding, truncated = self._encode(checked_texts(inputs), **tokenizer_kwargs)
@@ -302,8 +329,7 @@ class GamlTextClassificationPipeline(TextClassificationPipeline):
         return near
 
     def _forward(self, model_inputs, exit_policy=None) -> dict[str, Any]:
-        if self.model.training:
-            raise ValueError("The model is in training mode: it would answer at random. Call `model.eval()` first.")
+        self._check_training_mode()
         tensors = {name: value for name, value in model_inputs.items() if name != "about"}
         outputs = self.model(**tensors, exit_policy=exit_policy, return_dict=True)
         return {"logits": outputs.logits, "exit_layer": outputs.exit_layer, "about": model_inputs["about"]}
@@ -311,15 +337,7 @@ class GamlTextClassificationPipeline(TextClassificationPipeline):
     def postprocess(self, model_outputs, function_to_apply=None, top_k=1, _legacy=True, on_error="raise"):
         """The answer to one row: a dict, or with `top_k` a list of them."""
         about = model_outputs["about"]
-        error = about["error"]
-        if error is None and not torch.isfinite(model_outputs["logits"]).all():
-            error = (
-                f"{about['row']}: the model answered with NaN or infinite logits. Its weights are broken, or too "
-                f"large for {self.model.dtype}."
-            )
-            if on_error == "raise":
-                raise ValueError(error)
-        if error is not None:
+        if (error := self._error_of(model_outputs, on_error)) is not None:
             answer = {"label": None, "score": None, "exit_layer": None, "truncated": None, "error": error}
             return answer if top_k == 1 and _legacy else [answer]
         answers = super().postprocess(model_outputs, function_to_apply=function_to_apply, top_k=top_k, _legacy=_legacy)
@@ -380,17 +398,27 @@ def _as_rows(inputs: Any) -> Any:
             inputs = (row for row in inputs)
     if isinstance(inputs, (str, dict)):
         return inputs
-    if isinstance(inputs, Dataset):
-        is_stream = isinstance(inputs, IterableDataset) or not isinstance(inputs, Sized)
-        return _NumberedStream(inputs) if is_stream else _NumberedRows(inputs)
-    if not isinstance(inputs, (list, GeneratorType)):
+    if not isinstance(inputs, (list, Dataset, GeneratorType)):
         raise TypeError(
             "`inputs` must be a `str`, a dict, a list or array of them, a PyTorch dataset of them (such as "
             f"`KeyDataset(dataset, column)`), or a generator. Got {_shown(inputs)}."
         )
+    return numbered_rows(inputs)
+
+
+def numbered_rows(inputs: list | Dataset | GeneratorType) -> Any:
+    """Many rows, each with its number, of the same kind for the stock pipeline."""
+    if isinstance(inputs, Dataset):
+        is_stream = isinstance(inputs, IterableDataset) or not isinstance(inputs, Sized)
+        return _NumberedStream(inputs) if is_stream else _NumberedRows(inputs)
     rows = (_Row(number, value) for number, value in enumerate(inputs))
     # As a list, unless it is empty: the stock pipeline looks at `inputs[0]`, except in a generator.
     return list(rows) if isinstance(inputs, list) and inputs else rows
+
+
+def numbered_row(row: Any) -> tuple[str, Any]:
+    """What an error calls a row, and the row itself."""
+    return (f"`inputs[{row.number}]`", row.value) if isinstance(row, _Row) else ("`inputs`", row)
 
 
 @dataclass(frozen=True)
@@ -476,24 +504,24 @@ def _check_tokenizer(tokenizer: Any, config: Any) -> None:
         )
 
 
-def _check_choice(name: str, value: Any, choices: tuple) -> None:
+def check_choice(name: str, value: Any, choices: tuple) -> None:
     # By type too, for 1 == True.
     if not any(isinstance(value, type(choice)) and value == choice for choice in choices):
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}. Got `{name}={shown(value)}`.")
 
 
-def _check_count(name: str, value: Any, least: int, otherwise: str = "") -> None:
+def check_count(name: str, value: Any, least: int, otherwise: str = "") -> None:
     if type(value) is not int or value < least:
         raise ValueError(
             f"`{name}` must be a whole number of at least {least}{otherwise}. Got `{name}={shown(value)}`."
         )
 
 
-def _check_counts(kwargs: dict[str, Any]) -> None:
+def check_counts(kwargs: dict[str, Any]) -> None:
     """Of the arguments that the stock pipeline takes out and hands to a DataLoader."""
     for name, least in (("batch_size", 1), ("num_workers", 0)):
         if kwargs.get(name) is not None:
-            _check_count(name, kwargs[name], least)
+            check_count(name, kwargs[name], least)
 
 
 def _shown(value: Any) -> str:

@@ -23,7 +23,8 @@ from gaml_hf.hub.folders import SEAL, save_tokenizer, staging_folder, why_unseal
 from gaml_hf.models.auto import GamlAutoConfig
 from gaml_hf.models.configuration_gaml import GamlConfigMixin
 from gaml_hf.models.exiting_gaml import Budgeted, ExitPolicy, policy_from_config
-from gaml_hf.models.exits_gaml import ExitsMixin, GamlSequenceClassifierOutput
+from gaml_hf.models.exits_base_gaml import GamlSequenceClassifierOutput
+from gaml_hf.models.exits_gaml import ExitsMixin
 
 
 logger = logging.get_logger(__name__)

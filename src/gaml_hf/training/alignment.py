@@ -88,8 +88,11 @@ def parameter_groups(names: Sequence[str], granularity: Literal["global", "layer
 
 
 def _layer_of(name: str) -> str:
-    """`"bert.encoder.layer.3"`, `"exit_classifiers.3"` (its pooler goes with it), or `"bert.embeddings"`."""
-    numbered = re.match(r"\D*\.\d+(?=\.)", name.replace("exit_poolers.", "exit_classifiers."))
+    """
+    `"bert.encoder.layer.3"`, `"resnet.encoder.stages.0.layers.3"`, `"exit_classifiers.3"` (its pooler goes with it),
+    or `"bert.embeddings"`.
+    """
+    numbered = re.match(r"\D*\.\d+(\.layers\.\d+)?(?=\.)", name.replace("exit_poolers.", "exit_classifiers."))
     return numbered.group() if numbered else name.rpartition(".")[0].rpartition(".")[0]
 
 

@@ -5,7 +5,7 @@ from typing import Any
 from accelerate.utils import find_batch_size, slice_tensors
 from transformers.trainer_utils import has_length
 
-from gaml_hf.data.checks import CheckedCollator, check_dataset
+from gaml_hf.data.checks import TOKENS, CheckedCollator, check_dataset
 
 
 class CheckedRows:
@@ -45,7 +45,8 @@ class CheckedRows:
             dataset,
             split,
             num_labels=config.num_labels,
-            max_length=config.max_input_length,
+            max_length=getattr(config, "max_input_length", None),  # which images have not
+            inputs=("pixel_values",) if self.model.main_input_name == "pixel_values" else TOKENS,
             needs_labels=split != "test",
             # Else a collator of one's own may make labels and tokens out of other columns.
             columns_are_final=getattr(self.data_collator, "__module__", "").startswith("transformers."),

@@ -80,6 +80,8 @@ class ExitTrainer(RobustTrainer):
     def _start_exits(self, exit_layers: list[int]) -> None:
         """Look at what the exits read of some training rows, and let the new ones of `exit_layers` start there."""
         model, config = self.bare_model, self.model.config
+        if config.pipeline_task == "image-classification":
+            return  # an encoder of images may start at random, and its exits read maps of several sizes
         if self._is_sharded or not has_length(self.train_dataset):
             logger.info("The exits' inputs are not looked at: the model is sharded, or the dataset has no length.")
             return
@@ -132,12 +134,15 @@ class ExitTrainer(RobustTrainer):
         if not path.is_file():  # of PEFT
             return
         # A checkpoint that does not say it is of a time when exits learned at the rate of the encoder.
-        then = json.loads(path.read_text(encoding="utf-8")).get("exit_learning_rate_multiplier", 1.0)
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        then = stored.get("exit_learning_rate_multiplier", 1.0)
         if now != then:
             raise ValueError(
                 f"`exit_learning_rate_multiplier` must be as in the checkpoint to go on from, `{checkpoint}`, where "
                 f"it is {then}. Got {now}."
             )
+        if self.model.config.kd_temperature_growth > 1:
+            self.model.config.kd_temperature = stored["kd_temperature"]  # as far as it had grown
 
     # Whether all of them learn
 
@@ -171,7 +176,7 @@ class ExitTrainer(RobustTrainer):
         config = self.model.config
         if self.bare_model.last_exit_alone:
             return set(config.exit_layers[-1:])
-        weights = exit_weights(config.exit_layers, config.exit_loss_weights)
+        weights = exit_weights(config.exit_layers, config.exit_loss_weights, self.bare_model.training_progress)
         students = {student for _, student in distillation_pairs(config.distillation, config.exit_layers)}
         return students | {m for m, weight in zip(config.exit_layers, weights, strict=True) if weight}
 
@@ -206,6 +211,7 @@ class _ExitSchedule(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs: Any):
         trainer, model = self.trainer, self.trainer.bare_model
+        model.training_progress = state.global_step / state.max_steps
         first = math.ceil(model.config.mixed_training * state.max_steps)
         model.last_exit_alone = state.global_step < first
         if model.last_exit_alone:
@@ -213,6 +219,14 @@ class _ExitSchedule(TrainerCallback):
         if first and state.global_step == first and model.exits_are_new:
             trainer._start_exits(model.config.exit_layers[:-1])
         model.exits_are_new = False
+
+    def on_step_end(self, args, state, control, **kwargs: Any):
+        model = self.trainer.bare_model
+        if (confidence := model.teacher_confidence) is None:
+            return
+        model.teacher_confidence = None
+        if self.trainer.accelerator.reduce(confidence, "mean") > 0.5:  # of all ranks, for they share the temperature
+            model.config.kd_temperature *= model.config.kd_temperature_growth
 
     def on_train_end(self, args, state, control, **kwargs: Any):
         getattr(self.trainer.model, "new_exit_weights", set()).clear()

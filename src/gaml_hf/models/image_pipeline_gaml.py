@@ -1,0 +1,149 @@
+"""The image-classification pipeline with exits: the stock one, plus where each image left, and a say in it."""
+
+from collections.abc import Iterator
+from types import GeneratorType
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from transformers import ImageClassificationPipeline
+from transformers.image_utils import is_valid_image, load_image
+
+from .exiting_gaml import shown
+from .pipeline_gaml import (
+    EXIT_ARGUMENTS,
+    ExitPipelineMixin,
+    check_choice,
+    check_count,
+    check_counts,
+    numbered_row,
+    numbered_rows,
+)
+
+
+class GamlImageClassificationPipeline(ExitPipelineMixin, ImageClassificationPipeline):
+    """
+    [`~transformers.ImageClassificationPipeline`] for a model with exits: the same calls and the same shapes of
+    answers, and each answer, a dict, also says where its image left.
+
+    - **label** (`str`), **score** (`float`): as in the stock pipeline, from the exit at which the image left.
+    - **exit_layer** (`int`): the layer (of a ResNet, the block) at which the image left, from 1.
+    - **error** (`str`): there only for an image left out under `on_error="skip"`; all other values are then `None`.
+
+    Each of these arguments may be given here, for every call, and in a call, for that call alone:
+
+    Args:
+        exit_strategy, patience, budgeted_exit, exit_threshold, exit_policy (*optional*):
+            When an image leaves; as in [`GamlTextClassificationPipeline`], and by default as the config says.
+        on_error (`str`, *optional*, defaults to `"raise"`):
+            What a bad image does: `"raise"` stops with an error that names the row, `"skip"` answers the others and
+            puts the error in its place.
+        top_k (`int`, *optional*, defaults to 5): how many labels to return, from 1.
+        function_to_apply (`str`, *optional*, defaults to `"softmax"`): or `"sigmoid"` or `"none"`.
+        timeout (`float`, *optional*): seconds to wait for an image from the web; by default for ever.
+        batch_size, num_workers (`int`, *optional*): as in the stock pipeline.
+
+    An image is a `PIL.Image`, an array or tensor, or a `str`: a path, a URL or base64. So where strings come from
+    strangers, open their images yourself.
+
+    Raises:
+        ValueError: an argument is unknown, misspelt or out of range; an image cannot be read; the model's logits are
+            not finite.
+        TypeError: a row is no image.
+
+    Example:
+
+    ```python
+    >>> classifier = pipeline("image-classification", model="path/or/name", trust_remote_code=True, patience=2)
+    >>> classifier(["cat.png", "dog.png"], batch_size=2, top_k=1)
+    ```
+    """
+
+    known_arguments = (
+        *EXIT_ARGUMENTS, "top_k", "function_to_apply", "on_error", "timeout", "batch_size", "num_workers"
+    )  # fmt: skip
+
+    def __init__(self, model, image_processor=None, **kwargs):
+        if image_processor is None:
+            raise ValueError("`image_processor` must be the image processor of the model. Got None.")
+        super().__init__(model=model, image_processor=image_processor, **kwargs)
+
+    def __call__(self, inputs, **kwargs):
+        """
+        Classify images.
+
+        Args:
+            inputs: an image, or many of them as a list, a tuple, a PyTorch dataset, a generator or another iterator.
+            kwargs: the arguments of the class, for this call alone.
+
+        Returns:
+            A list of answers, best first, for an image; a list of such lists for a list or tuple; an iterator of them,
+            which reads and answers as it is consumed, for datasets, generators and iterators.
+        """
+        check_counts(kwargs)
+        if isinstance(inputs, (tuple, Iterator)) and not isinstance(inputs, GeneratorType):
+            inputs = list(inputs) if isinstance(inputs, tuple) else (image for image in inputs)
+        if isinstance(inputs, (list, Dataset, GeneratorType)):
+            inputs = numbered_rows(inputs)
+        return super().__call__(inputs, **kwargs)
+
+    def _sanitize_parameters(self, on_error=None, function_to_apply=None, **kwargs):
+        kwargs.pop("local_files_only", None)  # `pipeline` hands it on
+        self._refuse_unknown(kwargs)
+        exits = {name: kwargs.pop(name, None) for name in EXIT_ARGUMENTS}
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}
+        if "top_k" in kwargs:
+            check_count("top_k", kwargs["top_k"], 1)
+        if function_to_apply is not None:
+            check_choice("function_to_apply", function_to_apply, ("default", "softmax", "sigmoid", "none"))
+            function_to_apply = "softmax" if function_to_apply == "default" else function_to_apply
+        preprocess_params, forward_params, postprocess_params = super()._sanitize_parameters(
+            function_to_apply=function_to_apply, **kwargs
+        )
+        if on_error is not None:
+            check_choice("on_error", on_error, ("raise", "skip"))
+            preprocess_params["on_error"] = postprocess_params["on_error"] = on_error
+        if any(value is not None for value in exits.values()):
+            forward_params["exit_policy"] = self._exit_policy(**exits)
+        return preprocess_params, forward_params, postprocess_params
+
+    def preprocess(self, image, timeout=None, on_error="raise") -> dict[str, Any]:
+        """The model's inputs, and under `"about"` what `postprocess` needs to know of this row."""
+        name, image = numbered_row(image)
+        error = None
+        try:
+            if not isinstance(image, str) and not is_valid_image(image):
+                raise TypeError(
+                    "an image must be a `PIL.Image`, an array, a tensor, or a `str` that is a path, a URL or base64. "
+                    f"Got {shown(image)} ({type(image).__name__})."
+                )
+            pixel_values = self._pixels(image, timeout)
+        except Exception as problem:  # of a decoder, the web or the image processor
+            error = f"{name}: {problem}"
+            if on_error == "raise":
+                raise (TypeError if isinstance(problem, TypeError) else ValueError)(error) from problem
+            # The row keeps its place in the batch, with an empty image; the answer to it is never read.
+            pixel_values = self._pixels(np.zeros((32, 32, 3), dtype=np.uint8), None)
+        return {"pixel_values": pixel_values, "about": {"row": name, "error": error}}
+
+    def _pixels(self, image: Any, timeout: float | None) -> torch.Tensor:
+        if not isinstance(image, (np.ndarray, torch.Tensor)):
+            image = load_image(image, timeout=timeout)  # also to RGB
+        return self.image_processor(images=image, return_tensors="pt")["pixel_values"].to(self.dtype)
+
+    def _forward(self, model_inputs, exit_policy=None) -> dict[str, Any]:
+        self._check_training_mode()
+        outputs = self.model(pixel_values=model_inputs["pixel_values"], exit_policy=exit_policy, return_dict=True)
+        return {"logits": outputs.logits, "exit_layer": outputs.exit_layer, "about": model_inputs["about"]}
+
+    def postprocess(self, model_outputs, function_to_apply=None, top_k=5, on_error="raise") -> list[dict[str, Any]]:
+        """The answers to one image, best first."""
+        if (error := self._error_of(model_outputs, on_error)) is not None:
+            return [{"label": None, "score": None, "exit_layer": None, "error": error}]
+        exit_layer = int(model_outputs["exit_layer"][0])
+        answers = super().postprocess(model_outputs, function_to_apply=function_to_apply, top_k=top_k)
+        return [{**answer, "exit_layer": exit_layer} for answer in answers]
+
+
+__all__ = ["GamlImageClassificationPipeline"]
