@@ -16,6 +16,7 @@ model in PyTorch at full depth, of the same round. At batch 1, of the median tex
 import argparse
 import copy
 import json
+import re
 import sys
 import tempfile
 import time
@@ -26,6 +27,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib import colormaps
+from matplotlib.figure import Figure
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -168,6 +171,36 @@ def table(systems: list[System]) -> str:
     return "\n".join(lines)
 
 
+def draw(systems: list[System], path: Path) -> None:
+    """Score against how many times faster, a line for each model and runtime."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for system in systems:
+        name = re.sub(r", [\d.]+x$", "", system.name)
+        faster = np.median(
+            [
+                np.median(theirs) / np.median(own)
+                for theirs, own in zip(systems[0].seconds[1], system.seconds[1], strict=True)
+            ]
+        )
+        lines.setdefault(name, []).append((faster, 100 * system.score))
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes, colours = figure.subplots(), colormaps["tab20"]
+    for number, (name, points) in enumerate(lines.items()):
+        axes.plot(
+            *zip(*sorted(points), strict=True),
+            marker="osD^v"[number % 5],
+            markersize=4,
+            linewidth=1,
+            color=colours(number),
+            label=name,
+        )
+    axes.set(xscale="log", xlabel=f"times faster than {systems[0].name}, one text at a time", ylabel="score x 100")
+    axes.xaxis.set_major_formatter("{x:g}x")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small", ncols=2)
+    figure.savefig(path, dpi=100)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", required=True, metavar="NAME=FOLDER", help="the first is the base")
@@ -180,6 +213,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cpu_time", action="store_true", help="of this process, for a busy machine")
     parser.add_argument("--output", type=Path, help="where to write scores and seconds, as JSON")
+    parser.add_argument("--figure", type=Path, help="where to draw score against speed, as PNG")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     logging.set_verbosity_error()
@@ -204,6 +238,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             measure(systems, timed, batch_size, options.rounds, clock)
     print(processor(), flush=True)
     print(table(systems))
+    if options.figure:
+        draw(systems, options.figure)
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         found = [{"name": s.name, "score": s.score, "speed_up": s.speed_up, "seconds": s.seconds} for s in systems]

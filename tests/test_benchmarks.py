@@ -65,7 +65,9 @@ def test_frontier(tokenizer, tmp_path, capsys):
         config = GamlAutoConfig.for_model(**kind, **sizes, **labels, **relative)
         model = GamlAutoModelForSequenceClassification.from_config(config)
         words.append(f"{name}={save_checkpoint(model, tokenizer, tmp_path / name)}")
-    frontier.main([*words, "--output", str(tmp_path / "frontier.json")])
+    outputs = ["--output", str(tmp_path / "frontier.json"), "--figure", str(tmp_path / "frontier.png")]
+    frontier.main([*words, *outputs])
+    assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
     torch.set_num_threads(threads)
     systems = {system["name"]: system for system in json.loads((tmp_path / "frontier.json").read_text())["systems"]}
     printed = capsys.readouterr().out
