@@ -18,6 +18,7 @@ PAPER_LETTER = {
     "exit_learning_rate_multiplier": 1.0,
     "exit_warm_start": False,
     "kd_reduction": "sum",  # Eq. 3
+    "ga_mode": "soft",  # Eq. 6
     "ga_granularity": "global",  # Eqs. 4-7
 }
 # What decides the answers of an exit policy, beside the weights and its own parameter.
@@ -70,7 +71,7 @@ class GamlConfigMixin:
             at it is above 0.5 in the mean (Phuong & Lampert, 2019: 1.05). Read by [`GamlTrainer`].
         alpha (`float`, *optional*, defaults to 0.2):
             α of Eqs. 2, 6 and 7, in `[0, 1]`. Read in training, never at inference.
-        ga_mode (`str`, *optional*, defaults to `"soft"`):
+        ga_mode (`str`, *optional*, defaults to `"none"`):
             Gradient alignment: `"soft"` (Eq. 6), `"hard"` (Eq. 7) or `"none"` (ML-BERT, Eq. 2). Read by
             [`GamlTrainer`] alone: a stock `Trainer` minimises Eq. 2.
         ga_granularity (`str`, *optional*, defaults to `"layer"`):
@@ -121,7 +122,7 @@ class GamlConfigMixin:
     kd_temperature: float | int = 1.0
     kd_temperature_growth: float | int = 1.0
     alpha: float | int = 0.2
-    ga_mode: Literal["none", "soft", "hard"] = "soft"
+    ga_mode: Literal["none", "soft", "hard"] = "none"
     ga_granularity: Literal["global", "layer", "tensor"] = "layer"
     stop_gradient_between_exits: bool = False
     mixed_training: float | int = 0.0
