@@ -29,6 +29,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+from matplotlib.figure import Figure
 
 from gaml_hf.data.files import RowFile
 
@@ -134,6 +135,32 @@ def read_texts(
     ]
 
 
+def draw(everything: dict[str, list[dict[str, Any]]], slo: float, path: Path) -> None:
+    """Over time: requests a second, the 99th percentile of the latency of each system, and the exit cap."""
+    figure = Figure(figsize=(8, 7), layout="constrained")
+    rate, latency, cap = figure.subplots(3, sharex=True)
+    for name, records in everything.items():
+        due = np.array([record["due"] for record in records]).astype(int)
+        answered = [
+            [r["seconds"] for r, s in zip(records, due, strict=True) if s == t and "seconds" in r] for t in set(due)
+        ]
+        latency.plot(sorted(set(due)), [np.quantile(x, 0.99) if x else np.nan for x in answered], label=name)
+        if any(record.get("cap") for record in records):
+            times = [record["due"] for record in records if "exit_layer" in record]
+            caps = [record["cap"] or np.nan for record in records if "exit_layer" in record]
+            cap.plot(times, caps, ".", markersize=3, label=f"{name}: cap")
+            layers = [record["exit_layer"] for record in records if "exit_layer" in record]
+            cap.plot(times, layers, ".", markersize=1, color="grey", label="layer at which a row left")
+    rate.plot(*np.unique(due, return_counts=True), color="black", drawstyle="steps-post")
+    rate.set_ylabel("requests a second")
+    latency.axhline(slo, color="black", linestyle=":", label="slo")
+    latency.set(yscale="log", ylabel="p99 of a second, s")
+    cap.set(xlabel="s", ylabel="layer")
+    for axes in (latency, cap):
+        axes.legend(fontsize="small")
+    figure.savefig(path, dpi=100)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -149,7 +176,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--max_requests", type=int, default=20_000)
     add("--max_open", type=int, default=1000, help="requests without an answer at a time")
     add("--num_threads", type=int, default=1, help="of the server")
-    add("--json", type=Path, help="where every request goes, for a figure")
+    add("--json", type=Path, help="where every request goes")
+    add("--figure", type=Path, help="where to draw them over time, as PNG")
     options = parser.parse_args(argv)
     texts, labels = read_texts(options.data, options.text_column, options.label_column, options.model)
     times = arrivals(options.rate, options.burst_rate, options.seconds)[: options.max_requests]
@@ -165,6 +193,8 @@ def main(argv: list[str] | None = None) -> None:
         for part, chosen in (("all", records), ("burst", [record for record in records if record["in_burst"]])):
             if chosen:
                 print(f"{name}, {part}: {json.dumps(summary(chosen, labels, options.slo_ms / 1e3))}", flush=True)
+    if options.figure is not None:
+        draw(everything, options.slo_ms / 1e3, options.figure)
     if options.json is not None:
         options.json.write_text(json.dumps(everything), encoding="utf-8")
 

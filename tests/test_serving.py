@@ -803,13 +803,16 @@ def odd_request(rng: random.Random) -> tuple[str, str, dict]:
 
 def test_no_request_whatever_is_an_error_of_the_server(classifier):
     rng = random.Random(0)
-    requests = [odd_request(rng) for _ in range(600)]
+    requests = [odd_request(rng) for _ in range(3000)]
 
     async def all_at_once():
         async with serving(lambda: classifier, payload_limit=40_000) as client:
-            responses = await asyncio.gather(
-                *(client.request(method, path, **arguments) for method, path, arguments in requests)
-            )
+            responses = []
+            for start in range(0, len(requests), 600):  # more at a time than are taken in
+                part = requests[start : start + 600]
+                responses += await asyncio.gather(
+                    *(client.request(method, path, **arguments) for method, path, arguments in part)
+                )
             return responses, (await client.get("/metrics")).text, client.service.in_flight
 
     responses, told, in_flight = asyncio.run(all_at_once())
@@ -942,7 +945,7 @@ def test_the_load_comes_at_its_rate_and_is_summed_up_by_hand():
     assert told["accuracy"] == 0.5
 
 
-def test_the_load_is_answered(classifier, monkeypatch):
+def test_the_load_is_answered(classifier, monkeypatch, tmp_path):
     async def send():
         async with serving(lambda: classifier) as client:
             monkeypatch.setattr(benchmark.httpx, "AsyncClient", lambda **_: contextlib.nullcontext(client))
@@ -953,3 +956,5 @@ def test_the_load_is_answered(classifier, monkeypatch):
     assert {record["status"] for record in records} == {200}
     assert [record["label"] for record in records[:5]] == [classifier(text)[0]["label"] for text in TEXTS]
     assert all(record["seconds"] > 0 for record in records)
+    benchmark.draw({"adaptive exits": [record | {"cap": 2} for record in records]}, 0.2, tmp_path / "burst.png")
+    assert (tmp_path / "burst.png").read_bytes().startswith(b"\x89PNG")
