@@ -14,6 +14,8 @@ from pathlib import Path
 # What functions call otherwise than the command line does.
 NAMES = {"source": "input", "target": "output", "pretrained_model_name_or_path": "model"}
 EXITS = ("exit_strategy", "patience", "budgeted_exit", "exit_threshold")
+# Of `RayEngine`.
+RAY = ("address", "num_actors", "actor_cpus", "actor_gpus")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -30,6 +32,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--window", type=int, default=4096, help="rows read ahead and sorted by length (default: %(default)s)")
     add("--num_proc", type=int, default=1, help="processes (default: %(default)s)")
     add("--num_threads", type=int, help="CPU threads of each process (default: PyTorch's)")
+    add("--engine", choices=["local", "ray"], default="local", help="this machine or a cluster (default: %(default)s)")
+    add("--address", help="of the Ray cluster (default: $RAY_ADDRESS, or this machine's, or one for this run)")
+    add("--num_actors", type=int, help="with Ray, replicas of the model (default: as many as there is room for)")
+    add("--actor_cpus", type=float, help="with Ray, CPUs, and so threads, of each replica (default: 1)")
+    add("--actor_gpus", type=float, help="with Ray, GPUs of each replica (default: 0)")
     add("--device", help='"cpu", "cuda:0", ... (default: a GPU where there is one)')
     add(
         "--onnx",
@@ -57,17 +64,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from gaml_hf.runtime.scoring import ClassifierLoader, score_file
 
+    model, device, engine = options.model, options.device, None
+    if options.engine == "ray":
+        try:
+            from gaml_hf.runtime.ray_scoring import RayEngine
+        except ImportError as error:
+            parser.error(f"`--engine ray` needs more packages: `pip install gaml_hf[ray]`. {error}")
+        engine = RayEngine(**{name: value for name in RAY if (value := getattr(options, name)) is not None})
+        if Path(model).is_dir():
+            model = str(Path(model).absolute())  # an actor has a working folder of its own
+        device = device or (None if engine.actor_gpus else "cpu")
     arguments = {name: getattr(options, name) for name in (*EXITS, "max_length")}
     try:
         counts = score_file(
             options.input,
             options.output,
-            ClassifierLoader(options.model, options.onnx, options.device, options.num_threads, options.prepack),
+            ClassifierLoader(model, options.onnx, device, options.num_threads, options.prepack),
             text_columns=options.text_columns,
             batch_size=options.batch_size,
             window=options.window,
             on_error=options.on_error,
             num_proc=options.num_proc,
+            engine=engine,
             progress=not options.no_progress,
             **{name: value for name, value in arguments.items() if value is not None},
         )
@@ -80,6 +98,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _wrong_options(options: argparse.Namespace) -> str | None:
     if not Path(options.input).is_file():
         return f"`--input` must be a file. Got `{options.input}`, which is not there."
+    given = [name for name in RAY if getattr(options, name) is not None]
+    if options.engine != "ray" and given:
+        return f"`--{given[0]}` is for a Ray cluster. Got it without `--engine ray`."
+    if options.engine == "ray" and options.num_proc != 1:
+        return f"`--num_proc` is for one machine; Ray has `--num_actors`. Got `--num_proc {options.num_proc}`."
     if options.onnx and options.prepack:
         return "`--prepack` is for a checkpoint; an export is packed when it is loaded. Got it with `--onnx`."
     if (options.onnx or options.prepack) and options.device not in (None, "cpu"):

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from functools import cache
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -39,6 +39,9 @@ from gaml_hf.models.pipeline_gaml import GamlTextClassificationPipeline
 
 from .ort import GamlOrtModelForSequenceClassification
 
+
+if TYPE_CHECKING:
+    from .ray_scoring import RayEngine
 
 WINDOW = 4096  # rows
 TEXTS = ("text", "text_pair")  # what the pipeline calls the text columns
@@ -148,6 +151,7 @@ def score_file(
     window: int = WINDOW,
     on_error: str = "skip",
     num_proc: int = 1,
+    engine: "RayEngine | None" = None,
     progress: bool = True,
     **arguments: Any,
 ) -> dict[str, int]:
@@ -163,10 +167,11 @@ def score_file(
             memory.
         target (`str` or `os.PathLike`): a csv, jsonl or parquet file; one that is there is replaced.
         load_classifier (`Callable`): makes the pipeline; each process calls it once. It must be picklable where
-            `num_proc` is above 1.
+            `num_proc` is above 1, and with `engine`.
         num_proc (`int`, *optional*, defaults to 1): processes; each answers a window at a time.
+        engine ([`~ray_scoring.RayEngine`], *optional*): a Ray cluster in place of processes of this machine.
         progress (`bool`, *optional*, defaults to `True`):
-            Show a progress bar. It counts rows as they are answered; with several processes, windows.
+            Show a progress bar. It counts rows as they are answered; with several processes or Ray, windows.
         text_columns, batch_size, window, on_error, arguments: as in [`score_rows`].
 
     Returns:
@@ -178,6 +183,10 @@ def score_file(
     _check_arguments(text_columns, batch_size, window, on_error)
     if type(num_proc) is not int or num_proc < 1:
         raise ValueError(f"`num_proc` must be a whole number of at least 1. Got `num_proc={num_proc!r}`.")
+    if engine is not None:
+        if num_proc != 1:
+            raise ValueError(f"`num_proc` is for this machine; with `engine` it must be 1. Got `num_proc={num_proc}`.")
+        engine.check()
     is_file = not isinstance(source, (Dataset, IterableDataset))
     source, target = _path("source", source) if is_file else source, _path("target", target)
     if target.suffix not in (".csv", ".jsonl", ".parquet"):
@@ -193,15 +202,18 @@ def score_file(
     with _writer(target) as write:
         total = len(rows) if isinstance(rows, Dataset) else None
         settings = (text_columns, batch_size, window, on_error, arguments)
-        classifier = load_classifier() if num_proc == 1 else None  # before the bar, for it has bars of its own
+        is_here = num_proc == 1 and engine is None
+        classifier = load_classifier() if is_here else None  # before the bar, for it has bars of its own
         with tqdm(total=total, unit=" rows", disable=not progress) as bar:
-            if num_proc == 1:
+            if is_here:
                 predictions = _score_windows(rows, classifier, *settings, bar.update)
+            elif engine is not None:
+                predictions = engine.predictions(rows, load_classifier, *settings)
             else:
                 predictions = _score_in_processes(rows, load_classifier, *settings, num_proc)
             while chunk := list(islice(predictions, window)):
                 write(chunk)
-                if num_proc > 1:
+                if not is_here:
                     bar.update(len(chunk))
                 counts["rows"] += len(chunk)
                 counts["skipped"] += sum(prediction["error"] is not None for prediction in chunk)

@@ -271,7 +271,8 @@ class Service:
         self.batcher = MicroBatcher(self._run, self._model_thread, self._max_tokens, self.metrics.dropped_rows.inc)
         self.metrics.in_flight.set_function(lambda: self.in_flight)
         self.metrics.queue_rows.set_function(lambda: len(self.batcher.queue))
-        tasks = [asyncio.create_task(self.batcher.work()), asyncio.create_task(self._load())]
+        self.loading = asyncio.create_task(self._load())
+        tasks = [asyncio.create_task(self.batcher.work()), self.loading]
         try:
             yield
         finally:
@@ -745,6 +746,9 @@ def make_app(
         except ClientLeft:
             outcome = "client_left"
             return Response(status_code=499)  # nobody reads it
+        except asyncio.CancelledError:  # how Ray Serve tells it
+            outcome = "client_left"
+            raise
         finally:
             service.metrics.requests.labels(outcome).inc()
             service.metrics.request_seconds.observe(time.perf_counter() - started)
