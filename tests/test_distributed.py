@@ -121,7 +121,7 @@ def script_words(folder, batch):
         words += f" --{split}_file {folder / f'{split}.csv'}"
     words += " --do_train --do_eval --do_predict --report_to none --disable_tqdm True --seed 7 --latency_rows 0"
     words += f" --optim sgd --learning_rate 0.1 --num_train_epochs 2 --per_device_train_batch_size {batch}"
-    words += " --per_device_eval_batch_size 4 --exit_strategy entropy --target_speed_up 1 4"
+    words += " --per_device_eval_batch_size 4 --exit_strategy entropy --target_speed_up 1 4 --ga_mode soft"
     return words.split() + ["--dataloader_pin_memory", "False"]
 
 

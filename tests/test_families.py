@@ -367,7 +367,13 @@ def test_a_step_is_the_reference(kind, granularity, make, texts, tmp_path):
     """One step of SGD with GA-soft, against Eqs. 4-6 in plain loops on the gradients of the two losses."""
     dropouts = {"classifier_dropout": 0.0, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     dropouts |= {"dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0, "classifier_dropout_prob": 0.0}
-    fields = {"ga_granularity": granularity, "alpha": 0.4, "exit_learning_rate_multiplier": 1, "kd_reduction": "sum"}
+    fields = {
+        "ga_mode": "soft",
+        "ga_granularity": granularity,
+        "alpha": 0.4,
+        "exit_learning_rate_multiplier": 1,
+        "kd_reduction": "sum",
+    }
     known = {field.name for field in dataclasses.fields(classes_of(family(kind))[0])}
     fields |= {name: value for name, value in dropouts.items() if name in known}
     model, _ = make(kind, exit_warm_start=False, **fields)
