@@ -209,7 +209,10 @@ def main(argv: list[str] | None = None) -> dict:
     run["config"] = model.config.to_dict()
     tables = []
     if training_args.do_eval:
-        part = script.first(rows["validation"], data_args.max_eval_samples)
+        part = rows["validation"]
+        if data_args.max_eval_samples is not None:  # of a folder, the first images are all of one class
+            part = part.shuffle(seed=training_args.data_seed or training_args.seed)
+        part = script.first(part, data_args.max_eval_samples)
         run["evaluation"] = script.evaluate_splits(
             trainer, {"validation": ("eval", part)}, lambda part: evaluate(trainer, part, gaml_args), "accuracy"
         )

@@ -112,6 +112,17 @@ def test_a_file_of_arguments(common, images, tmp_path, distillation):
     assert any(temperature == approx(1.5**n) for n in range(5))
 
 
+def test_a_share_of_the_images_is_of_several_classes(common, images):
+    """In a folder they lie class by class."""
+    words = [*common, "--train_dir", str(images / "train"), "--validation_dir", str(images / "test"), "--do_train"]
+    words += "--do_eval --num_train_epochs 1 --patience 1 --max_train_samples 24 --max_eval_samples 6".split()
+    run = runner.main(words)
+    assert sum(run["rows"].values()) == 24
+    classes = run["evaluation"]["validation"]["classes"]
+    assert sum(classes.values()) == 6
+    assert max(classes.values()) < 6
+
+
 def test_a_dataset(common, images, tmp_path, monkeypatch):
     features = Features({"img": ImageFeature(), "what": ClassLabel(names=["red", "green", "blue"])})
 
