@@ -701,22 +701,24 @@ def test_knobs_change_under_load_and_no_request_fails(classifier):
         async with serving(lambda: classifier, admin_token="s3cret", exit_strategy="none") as client:
 
             async def ask_many():
-                return [await client.post("/predict", json={"inputs": "good"}) for _ in range(40)]
+                return [await client.post("/predict", json={"inputs": "good"}) for _ in range(400)]
 
             askers = [asyncio.create_task(ask_many()) for _ in range(5)]
             changes = []
-            for number in range(10):
-                knobs = [
-                    {"exit_strategy": "none", "budgeted_exit": None},
-                    {"exit_strategy": "budgeted", "budgeted_exit": 1},
-                ]
-                changes.append(await client.put("/config", json=knobs[number % 2], headers=admin))
-                await asyncio.sleep(0.005)
+            knobs = [
+                {"exit_strategy": "none", "budgeted_exit": None},
+                {"exit_strategy": "budgeted", "budgeted_exit": 1},
+            ]
+            while not all(asker.done() for asker in askers) or len(changes) % 2:
+                changes.append(await client.put("/config", json=knobs[len(changes) % 2], headers=admin))
+                await asyncio.sleep(0.02)
             responses = [response for answers in await asyncio.gather(*askers) for response in answers]
             last = await client.post("/predict", json={"inputs": "good"})
             return changes, responses, last
 
     changes, responses, last = asyncio.run(change_under_load())
+    assert len(responses) == 2000
+    assert len(changes) >= 10
     assert {response.status_code for response in (*changes, *responses)} == {200}
     assert changes[-1].json()["budgeted_exit"] == 1
     assert all(response.json() in expected for response in responses)
