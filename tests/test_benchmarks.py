@@ -4,7 +4,7 @@ import json
 
 import torch
 
-from benchmarks import families, frontier, speed
+from benchmarks import families, frontier, image_speed, speed
 from conftest import WORDS
 from gaml_hf import GamlAutoConfig, GamlAutoModelForSequenceClassification
 from gaml_hf.hub import save_checkpoint
@@ -78,3 +78,13 @@ def test_frontier(tokenizer, tmp_path, capsys):
     assert systems["words and pairs of words"]["score"] == 1.0
     assert systems["deep, PyTorch"]["score"] == systems["deep, prepacked"]["score"]
     assert systems["deep, PyTorch"]["seconds"].keys() == {"1", "32"}
+
+
+def test_image_speed(capsys):
+    threads = torch.get_num_threads()
+    image_speed.main("--exits 1 27 --batch_sizes 2 --rounds 1".split())
+    torch.set_num_threads(threads)
+    printed = capsys.readouterr().out
+    assert "batch 2: plain ResNet-56: 1.00 (1.00 to 1.00)" in printed
+    faster = {line.split(": ")[1]: float(line.split(": ")[2].split()[0]) for line in printed.splitlines()[1:]}
+    assert faster["exits, leaving at block 1"] > faster["exits, leaving at block 27"]
