@@ -14,9 +14,9 @@ from .exiting_gaml import shown
 from .pipeline_gaml import (
     EXIT_ARGUMENTS,
     ExitPipelineMixin,
-    check_choice,
     check_count,
     check_counts,
+    known_function,
     numbered_row,
     numbered_rows,
 )
@@ -89,24 +89,12 @@ class GamlImageClassificationPipeline(ExitPipelineMixin, ImageClassificationPipe
         return super().__call__(inputs, **kwargs)
 
     def _sanitize_parameters(self, on_error=None, function_to_apply=None, **kwargs):
-        kwargs.pop("local_files_only", None)  # `pipeline` hands it on
-        self._refuse_unknown(kwargs)
-        exits = {name: kwargs.pop(name, None) for name in EXIT_ARGUMENTS}
+        exits = self._take_exits(kwargs)
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
         if "top_k" in kwargs:
             check_count("top_k", kwargs["top_k"], 1)
-        if function_to_apply is not None:
-            check_choice("function_to_apply", function_to_apply, ("default", "softmax", "sigmoid", "none"))
-            function_to_apply = "softmax" if function_to_apply == "default" else function_to_apply
-        preprocess_params, forward_params, postprocess_params = super()._sanitize_parameters(
-            function_to_apply=function_to_apply, **kwargs
-        )
-        if on_error is not None:
-            check_choice("on_error", on_error, ("raise", "skip"))
-            preprocess_params["on_error"] = postprocess_params["on_error"] = on_error
-        if any(value is not None for value in exits.values()):
-            forward_params["exit_policy"] = self._exit_policy(**exits)
-        return preprocess_params, forward_params, postprocess_params
+        steps = super()._sanitize_parameters(function_to_apply=known_function(function_to_apply), **kwargs)
+        return self._with_exits(steps, exits, on_error)
 
     def preprocess(self, image, timeout=None, on_error="raise") -> dict[str, Any]:
         """The model's inputs, and under `"about"` what `postprocess` needs to know of this row."""

@@ -66,15 +66,27 @@ class ExitPipelineMixin:
     def check_model_type(self, supported_models):
         """Done above: upstream looks for the class name among the registered ones and logs an error without it."""
 
-    @classmethod
-    def _refuse_unknown(cls, kwargs: dict[str, Any]) -> None:
-        known = cls.known_arguments
+    def _take_exits(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Take what says where rows leave out of a call's arguments; an error where one of them is unknown."""
+        kwargs.pop("local_files_only", None)  # `pipeline` hands it on
+        known = self.known_arguments
         for key in kwargs:
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1)
                 meant = f"Did you mean `{near[0]}`?" if near else f"The arguments are {', '.join(known)}."
                 name = key if len(key) < 50 else f"{key[:50]}..."
                 raise ValueError(f"`{name}` is not an argument of this pipeline. {meant}")
+        return {name: kwargs.pop(name, None) for name in EXIT_ARGUMENTS}
+
+    def _with_exits(self, steps: tuple[dict, dict, dict], exits: dict[str, Any], on_error: str | None) -> tuple:
+        """The stock pipeline's parameters of its three steps, and ours."""
+        preprocess_params, forward_params, postprocess_params = steps
+        if on_error is not None:
+            check_choice("on_error", on_error, ("raise", "skip"))
+            preprocess_params["on_error"] = postprocess_params["on_error"] = on_error
+        if any(value is not None for value in exits.values()):
+            forward_params["exit_policy"] = self._exit_policy(**exits)
+        return preprocess_params, forward_params, postprocess_params
 
     def _exit_policy(self, exit_policy, **changes):
         """The policy that the arguments of a call name, on top of those given at construction and of the config's."""
@@ -202,27 +214,14 @@ class GamlTextClassificationPipeline(ExitPipelineMixin, TextClassificationPipeli
     # Settings
 
     def _sanitize_parameters(self, function_to_apply=None, on_error=None, **kwargs):
-        kwargs.pop("local_files_only", None)  # `pipeline` hands it on
-        self._refuse_unknown(kwargs)
-        exits = {name: kwargs.pop(name, None) for name in EXIT_ARGUMENTS}
+        exits = self._take_exits(kwargs)
         top_k = {"top_k": kwargs.pop("top_k")} if "top_k" in kwargs else {}  # None is a value: all labels
         if top_k and top_k["top_k"] is not None:
             check_count("top_k", top_k["top_k"], 1, ", or None for all labels")
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
         self._check_tokenizer_arguments(kwargs)
-        if function_to_apply is not None:
-            name = function_to_apply.lower() if isinstance(function_to_apply, str) else function_to_apply
-            check_choice("function_to_apply", name, ("default", "softmax", "sigmoid", "none"))
-            function_to_apply = "softmax" if name == "default" else name
-        preprocess_params, forward_params, postprocess_params = super()._sanitize_parameters(
-            function_to_apply=function_to_apply, **top_k, **kwargs
-        )
-        if on_error is not None:
-            check_choice("on_error", on_error, ("raise", "skip"))
-            preprocess_params["on_error"] = postprocess_params["on_error"] = on_error
-        if any(value is not None for value in exits.values()):
-            forward_params["exit_policy"] = self._exit_policy(**exits)
-        return preprocess_params, forward_params, postprocess_params
+        steps = super()._sanitize_parameters(function_to_apply=known_function(function_to_apply), **top_k, **kwargs)
+        return self._with_exits(steps, exits, on_error)
 
     def _check_tokenizer_arguments(self, kwargs: dict[str, Any]) -> None:
         for name, value in kwargs.items():
@@ -502,6 +501,15 @@ def _check_tokenizer(tokenizer: Any, config: Any) -> None:
             '`tokenizer` must pad on the right (`padding_side="right"`): an exit reads [CLS] at the first position. '
             f"Got `padding_side={tokenizer.padding_side!r}`."
         )
+
+
+def known_function(name: Any) -> str | None:
+    """`function_to_apply` in lower case; `"default"` is softmax, for a row has one class."""
+    if name is None:
+        return None
+    name = name.lower() if isinstance(name, str) else name
+    check_choice("function_to_apply", name, ("default", "softmax", "sigmoid", "none"))
+    return "softmax" if name == "default" else name
 
 
 def check_choice(name: str, value: Any, choices: tuple) -> None:
