@@ -436,7 +436,13 @@ def test_shadow_traffic_that_contradicts_the_certificate(classifier, certificate
             assert (await client.post("/predict", json=body)).status_code == 200
             while metric(text := (await client.get("/metrics")).text, "gaml_shadow_rows_total") < 60:
                 await asyncio.sleep(0.002)
-            return metric(text, "gaml_shadow_contradicts_certificate")
+            client.service.change({"timeout_ms": 20_000})
+            unchanged = (await client.get("/metrics")).text
+            client.service.change({"exit_strategy": "none"})  # which nobody promised anything of
+            assert metric((await client.get("/metrics")).text, "gaml_shadow_contradicts_certificate") == 0
+            told = metric(text, "gaml_shadow_contradicts_certificate")
+            assert metric(unchanged, "gaml_shadow_contradicts_certificate") == told
+            return told
 
     assert asyncio.run(told(0.01)) == 1
     assert f"Of the last 60 shadow rows {differ} get another class at full depth: more than" in caplog.text

@@ -314,7 +314,11 @@ class Service:
         if exit_cap is None or _cap_knobs(settings) != _cap_knobs(self.settings):
             exit_cap = None if settings.slo_ms is None else ExitCap(config.exit_layers, settings.slo_ms / 1e3, lowest)
         self.classifier, self.settings, self.exit_cap = classifier, settings, exit_cap
-        self.certificate = certificate if certificate and certificate.risk == "disagreement" else None
+        certificate = certificate if certificate and certificate.risk == "disagreement" else None
+        if certificate != self.certificate:  # what was counted, and the alarm, were another's
+            self._shadows = [0, 0]
+            self.metrics.certificate_broken.set(0)
+            self.certificate = certificate
         if exit_cap is None:
             self.metrics.exit_cap.set(config.exit_layers[-1])
 

@@ -328,7 +328,7 @@ def set_aside(
         if gaml_args.max_loss is not None and num_holdout:
             num_choice = num_holdout // 2
             needed = rows_needed(gaml_args.max_loss, gaml_args.confidence)
-            if num_holdout - num_choice < needed:
+            if num_choice < needed:
                 raise ValueError(
                     f"`max_loss={gaml_args.max_loss}` at `confidence={gaml_args.confidence}` needs at least {needed} "
                     "rows, and as many to choose the checkpoint. "
