@@ -39,6 +39,27 @@ more most best worst ##s ##ed ##ly ##ing
 """.split()
 
 
+# The beginning of a stranger's program: no gaml_hf, however it is installed.
+WITHOUT_THE_PACKAGE = """
+import json, sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "gaml_hf":
+            raise ModuleNotFoundError("No module named 'gaml_hf'", name="gaml_hf")
+
+sys.meta_path.insert(0, Blocked())
+"""
+
+
+def sharpen(model: torch.nn.Module) -> None:
+    """Make weights large enough that texts differ in class and in exit."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 2:
+                weight *= 30 if name.startswith("exit_") else 8
+
+
 def pytest_unconfigure() -> None:
     shutil.rmtree(HF_HOME, ignore_errors=True)
 
@@ -68,6 +89,26 @@ def bert_kwargs() -> dict[str, int]:
         "intermediate_size": 64,
         "max_position_embeddings": 64,
     }
+
+
+@pytest.fixture
+def folder(bert_kwargs, tokenizer, tmp_path) -> Path:
+    """A checkpoint whose texts differ in class and in exit."""
+    from gaml_hf import PAPER_LETTER, GamlBertConfig, GamlBertForSequenceClassification
+
+    model = GamlBertForSequenceClassification(GamlBertConfig(**bert_kwargs, **PAPER_LETTER, num_labels=3)).eval()
+    sharpen(model)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def load(folder):
+    """Makes the pipeline of `folder`, and can be sent to another process."""
+    from gaml_hf.runtime.scoring import ClassifierLoader
+
+    return ClassifierLoader(str(folder), False, "cpu", None)
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from conftest import WORDS
+from conftest import WITHOUT_THE_PACKAGE, WORDS
 from gaml_hf import GamlAutoConfig, GamlAutoModelForSequenceClassification, GamlTrainer
 from gaml_hf.hub import save_checkpoint
 from gaml_hf.models.auto import FAMILIES, classes_of, families
@@ -209,15 +209,9 @@ def test_saved_and_loaded_again(kind, make, texts, tmp_path):
     (tmp_path / "saved" / "model.safetensors").unlink()
 
 
-STRANGER = """
-import json, sys
-
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "gaml_hf":
-            raise ModuleNotFoundError("No module named 'gaml_hf'", name="gaml_hf")
-
-sys.meta_path.insert(0, Blocked())
+STRANGER = (
+    WITHOUT_THE_PACKAGE
+    + """
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 told = {}
@@ -234,6 +228,7 @@ for name, folder in json.loads(sys.argv[1]).items():
     tokenizer.save_pretrained(folder + "-again")
 print(json.dumps(told))
 """
+)
 
 
 def test_a_stranger_loads_it_and_saves_it_and_loads_it(make, tokenizer, tmp_path):

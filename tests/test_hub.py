@@ -28,7 +28,7 @@ from transformers import (
     pipeline,
 )
 
-from conftest import hub_environment
+from conftest import WITHOUT_THE_PACKAGE, hub_environment
 from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification, GamlTextClassificationPipeline, GamlTrainer, hub
 from gaml_hf.evaluation import OperatingPoint
 from gaml_hf.hub import check_checkpoint, push_checkpoint, render_card, save_checkpoint
@@ -48,15 +48,9 @@ CODE = {f"{name}_gaml.py" for name in ("checksums", "engine", "exiting", "exits"
 CODE |= {"configuration_gaml.py", "modeling_gaml_bert.py"}
 
 # What a stranger runs: no gaml_hf, however it is installed. Prints JSON; argument: where to load from and save to.
-STRANGER = """
-import json, sys
-
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "gaml_hf":
-            raise ModuleNotFoundError("No module named 'gaml_hf'", name="gaml_hf")
-
-sys.meta_path.insert(0, Blocked())
+STRANGER = (
+    WITHOUT_THE_PACKAGE
+    + """
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 def answers(name, texts, **kwargs):
@@ -89,6 +83,7 @@ for name in "config", "modeling", "pipeline":
     assert not any(module.split(".")[0] == "gaml_hf" for module in sys.modules)
 print(json.dumps(told))
 """
+)
 
 
 @pytest.fixture

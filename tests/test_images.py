@@ -26,6 +26,7 @@ from transformers import (
 )
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
+from conftest import WITHOUT_THE_PACKAGE
 from gaml_hf import (
     GamlAutoModelForImageClassification,
     GamlResNetConfig,
@@ -377,15 +378,9 @@ def test_a_wrong_argument(folder, knobs, message):
         classifier(draw(0), **knobs)
 
 
-STRANGER = """
-import json, sys
-
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "gaml_hf":
-            raise ModuleNotFoundError("No module named 'gaml_hf'", name="gaml_hf")
-
-sys.meta_path.insert(0, Blocked())
+STRANGER = (
+    WITHOUT_THE_PACKAGE
+    + """
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification, pipeline
 
 folder, again, *images = sys.argv[1:]
@@ -397,6 +392,7 @@ print(json.dumps([[answer[0]["label"], answer[0]["exit_layer"]] for answer in cl
 model.save_pretrained(again)
 processor.save_pretrained(again)
 """
+)
 
 
 def test_a_stranger_loads_it_and_saves_it_and_loads_it(model, processor, folder, tmp_path):

@@ -23,6 +23,7 @@ from transformers.pipelines.pt_utils import KeyDataset, KeyPairDataset
 from transformers.testing_utils import CaptureLogger
 from transformers.utils import logging
 
+from conftest import sharpen
 from gaml_hf import PAPER_LETTER, GamlBertConfig, GamlBertForSequenceClassification, GamlTextClassificationPipeline
 from gaml_hf.models import pipeline_gaml
 from gaml_hf.models.exiting_gaml import Budgeted, Entropy, FullDepth, MaxProb, Patience
@@ -49,10 +50,7 @@ EXITS = [
 def model(bert_kwargs) -> GamlBertForSequenceClassification:
     """Weights large enough that texts differ in class and in exit."""
     model = GamlBertForSequenceClassification(GamlBertConfig(**bert_kwargs, **PAPER_LETTER, num_labels=3)).eval()
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.dim() == 2:
-                weight *= 30 if name.startswith("exit_") else 8
+    sharpen(model)
     return model
 
 

@@ -9,10 +9,8 @@ import warnings
 
 import httpx
 import psutil
-import torch
 from pytest import MonkeyPatch, approx, fixture, importorskip, mark, raises
 
-from gaml_hf import PAPER_LETTER, GamlBertConfig, GamlBertForSequenceClassification
 from gaml_hf.runtime.scoring import ClassifierLoader, score_file
 from gaml_score import main
 
@@ -55,24 +53,6 @@ def cluster():
             gc.collect()  # Ray does not wait for the processes that it has ended
         _, alive = psutil.wait_procs(ours, timeout=30)
         assert not alive
-
-
-@fixture
-def folder(bert_kwargs, tokenizer, tmp_path):
-    """A checkpoint whose texts differ in class and in exit."""
-    model = GamlBertForSequenceClassification(GamlBertConfig(**bert_kwargs, **PAPER_LETTER, num_labels=3)).eval()
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.dim() == 2:
-                weight *= 30 if name.startswith("exit_") else 8
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
-
-@fixture
-def load(folder):
-    return ClassifierLoader(str(folder), False, "cpu", None)
 
 
 def read(path):

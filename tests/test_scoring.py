@@ -17,10 +17,10 @@ import torch
 from datasets import Dataset, IterableDataset
 from pytest import approx, fixture, mark, raises
 
-from gaml_hf import PAPER_LETTER, GamlBertConfig, GamlBertForSequenceClassification
+from gaml_hf import GamlBertForSequenceClassification
 from gaml_hf.runtime import scoring
 from gaml_hf.runtime.ort import export_onnx
-from gaml_hf.runtime.scoring import ClassifierLoader, score_file, score_rows
+from gaml_hf.runtime.scoring import score_file, score_rows
 from gaml_score import main, make_parser
 
 
@@ -28,24 +28,6 @@ WORDS = "film movie story plot actor scene good great bad awful dull funny sad f
 rng = random.Random(0)
 TEXTS = [" ".join(rng.choices(WORDS, k=rng.randint(1, 30))) for _ in range(23)]
 PATIENCE = {"patience": 1}
-
-
-@fixture
-def folder(bert_kwargs, tokenizer, tmp_path):
-    """A checkpoint whose texts differ in class and in exit."""
-    model = GamlBertForSequenceClassification(GamlBertConfig(**bert_kwargs, **PAPER_LETTER, num_labels=3)).eval()
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.dim() == 2:
-                weight *= 30 if name.startswith("exit_") else 8
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
-
-@fixture
-def load(folder):
-    return ClassifierLoader(str(folder), False, "cpu", None)
 
 
 @fixture

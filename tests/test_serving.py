@@ -25,6 +25,7 @@ from transformers import BertTokenizer
 import gaml_serve
 from benchmarks import serving as benchmark
 from conftest import WORDS as VOCABULARY
+from conftest import sharpen
 from gaml_hf import PAPER_LETTER, GamlBertConfig, GamlBertForSequenceClassification, GamlTextClassificationPipeline
 from gaml_hf.evaluation import ExitCertificate
 from gaml_hf.models.configuration_gaml import CERTIFIED_FIELDS
@@ -54,10 +55,7 @@ def model():
         patience=1,
     )
     model = GamlBertForSequenceClassification(config).eval()
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.dim() == 2:
-                weight *= 30 if name.startswith("exit_") else 8
+    sharpen(model)
     return model
 
 
