@@ -154,17 +154,17 @@ def measure(systems: list[System], rows: Rows, batch_size: int, rounds: int, clo
                 system.seconds.setdefault(batch_size, []).append(taken)
 
 
-def ratios(system: System, base: System, batch_size: int, of: Callable[[list[float]], float]) -> str:
-    """How many times faster than the base: median and range of the rounds."""
+def faster(system: System, base: System, batch_size: int, of: Callable[[list[float]], float]) -> list[float]:
+    """How many times faster than the base, in each round."""
     rounds = zip(base.seconds[batch_size], system.seconds[batch_size], strict=True)
-    return spread([of(theirs) / of(own) for theirs, own in rounds])
+    return [of(theirs) / of(own) for theirs, own in rounds]
 
 
 def table(systems: list[System]) -> str:
     lines = ["| system | score | batch 1, median text | batch 1, slowest of 20 | batch 32 |", "|---|---|---|---|---|"]
     for system in systems:
         cells = [
-            ratios(system, systems[0], size, of)
+            spread(faster(system, systems[0], size, of))
             for size, of in ((1, np.median), (1, lambda taken: np.quantile(taken, 0.95)), (32, np.sum))
         ]
         lines.append(f"| {system.name} | {100 * system.score:.1f} | " + " | ".join(cells) + " |")
@@ -176,13 +176,8 @@ def draw(systems: list[System], path: Path) -> None:
     lines: dict[str, list[tuple[float, float]]] = {}
     for system in systems:
         name = re.sub(r", [\d.]+x$", "", system.name)
-        faster = np.median(
-            [
-                np.median(theirs) / np.median(own)
-                for theirs, own in zip(systems[0].seconds[1], system.seconds[1], strict=True)
-            ]
-        )
-        lines.setdefault(name, []).append((faster, 100 * system.score))
+        times_faster = np.median(faster(system, systems[0], 1, np.median))
+        lines.setdefault(name, []).append((times_faster, 100 * system.score))
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes, colours = figure.subplots(), colormaps["tab20"]
     for number, (name, points) in enumerate(lines.items()):
