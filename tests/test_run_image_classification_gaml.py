@@ -123,6 +123,19 @@ def test_a_share_of_the_images_is_of_several_classes(common, images):
     assert max(classes.values()) < 6
 
 
+def test_a_policy_by_what_it_may_cost(common, images, tmp_path, capsys):
+    words = [*common, "--train_dir", str(images / "train"), "--validation_dir", str(images / "test"), "--do_train"]
+    words += "--do_eval --num_train_epochs 1 --exit_strategy max_prob --holdout_fraction 0.5 --max_loss 0.3".split()
+    run = runner.main(words)
+    assert run["rows"] == {"train": 24, "holdout": 12, "promise": 12}
+    promise = "at most 0.3 of the rows get another answer than the last exit's, with confidence 0.9"
+    assert f"promised: {promise} (12 rows set aside, " in capsys.readouterr().out
+    assert promise in (tmp_path / "out" / "README.md").read_text()
+    assert runner.GamlArguments().target_speed_up == [1.2, 1.4]
+    with raises(ValueError, match="both choose the exit policy"):
+        runner.GamlArguments(max_loss=0.3, target_speed_up=[1.2, 1.4])
+
+
 def test_a_dataset(common, images, tmp_path, monkeypatch):
     features = Features({"img": ImageFeature(), "what": ClassLabel(names=["red", "green", "blue"])})
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import numpy as np
@@ -61,6 +61,8 @@ Score = Callable[[np.ndarray, np.ndarray], dict[str, float]]
 @dataclass
 class GamlArguments:
     """The exits: how they are trained, and when a row leaves. `None` keeps what the model's config says."""
+
+    usual_speed_up: ClassVar[tuple[float, float]] = (1.8, 2.1)  # Sec. 6.4
 
     exit_layers: list[int] | None = field(default=None, metadata={"help": "Layers with an exit. Defaults to all."})
     paper_letter: bool = field(
@@ -165,7 +167,8 @@ class GamlArguments:
             rows_needed(self.max_loss, self.confidence)  # says what is wrong with them
             if self.risk not in RISKS:
                 raise ValueError(f"`risk` must be one of {list(RISKS)}. Got `risk={self.risk!r}`.")
-        self.target_speed_up = [1.8, 2.1] if self.target_speed_up is None else self.target_speed_up
+        if self.target_speed_up is None:
+            self.target_speed_up = list(self.usual_speed_up)
         if len(self.target_speed_up) != 2 or not 1 <= self.target_speed_up[0] <= self.target_speed_up[1]:
             raise ValueError(
                 f"`target_speed_up` must be a range such as `1.8 2.1`, from 1 up. Got {self.target_speed_up}."
