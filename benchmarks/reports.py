@@ -654,8 +654,10 @@ def exits(results: Results) -> str:
             system = run["system"]
             if system == "bert":
                 system = "plain" if result["layers"] == result["full_depth"] else f"plain, {result['layers']} layers"
-            elif system == "gaml-soft":
+            elif system.startswith("gaml"):
                 system += f", {run['ga_granularity']}"
+            elif run.get("stop_gradient_between_exits"):
+                system += ", SWEET"
             # A run of a time without these fields has the paper's exits.
             kind = (
                 run.get("exit_pooling", "cls"),

@@ -111,10 +111,11 @@ def experiment(name: str, options: argparse.Namespace, depth: int) -> list[Run]:
             for layers in (depth, depth // 2):
                 run("bert", layers=layers, **LEARNING)
             run("theseus", **LEARNING)
+            run("multi-exit", stop_gradient_between_exits=True, **LEARNING)
             run("fastbert-joint", **LEARNING)
             run("ml", **LEARNING)
-            for granularity in ("layer", "tensor", "global"):
-                run("gaml-soft", ga_granularity=granularity, **LEARNING)
+            for system, granularity in itertools.product(("gaml-soft", "gaml-hard"), ("layer", "tensor", "global")):
+                run(system, ga_granularity=granularity, **LEARNING)
         elif name == "ga":
             run("multi-exit")
             for reduction, clip in itertools.product(("mean", "sum"), (1.0, 0.0)):
@@ -213,6 +214,8 @@ def recipe(task_name: str, system: str, options: argparse.Namespace, searched: b
         max_train_rows=options.max_train_rows,
         bf16=options.bf16,
         ga_granularity=options.ga_granularity or Run.ga_granularity,
+        early_stopping_patience=options.early_stopping_patience,
+        **(LEARNING if options.exits == "learning" else {}),
         **chosen,
     )
 
@@ -266,6 +269,18 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", help="a folder with a folder for each task; else nyu-mll/glue")
     parser.add_argument("--ledger", type=Path, default=Path("runs"))
     parser.add_argument("--epochs", type=int, default=20, help="at most; early stopping ends a run sooner")
+    parser.add_argument(
+        "--early_stopping_patience",
+        type=int,
+        default=Run.early_stopping_patience,
+        help="epochs without a better mean over exits that end a run (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--exits",
+        choices=["paper", "learning"],
+        default="paper",
+        help="a linear layer on [CLS], from scratch; or the mean over tokens, a warm start and ten times the rate",
+    )
     parser.add_argument("--learning_rates", nargs="+", type=float, help="one value, or a grid's")
     parser.add_argument("--batch_sizes", nargs="+", type=int)
     parser.add_argument("--warmups", nargs="+", type=float, help="in epochs")
@@ -292,6 +307,8 @@ def main(argv: list[str] | None = None) -> None:
     for name, known in zip(("tasks", "systems"), kinds, strict=True):
         if wrong := set(getattr(options, name) or ()) - set(known):
             parser().error(f"{options.experiment} takes `--{name}` out of {', '.join(known)}. Got {sorted(wrong)[0]}.")
+    if options.exits != "paper" and options.experiment in ("exits", "table8"):
+        parser().error(f"{options.experiment} has exits of its own: leave out `--exits`. Got {options.exits}.")
     if not torch.accelerator.is_available():
         torch.set_num_threads(1)
     datasets.disable_progress_bars()
@@ -303,8 +320,11 @@ def main(argv: list[str] | None = None) -> None:
     elif options.experiment == "grid":
         runs = grid(options)
     else:
-        depth = AutoConfig.from_pretrained(options.backbone).num_hidden_layers
-        runs = experiment(options.experiment, options, depth)
+        encoder = AutoConfig.from_pretrained(options.backbone)
+        runs = experiment(options.experiment, options, encoder.num_hidden_layers)
+        if encoder.model_type != "bert" and (of_bert := {run.system for run in runs} & BASELINES.keys()):
+            print(f"Made of BERT's layers, and left out for {encoder.model_type}: {', '.join(sorted(of_bert))}")
+            runs = [run for run in runs if run.system not in of_bert]
     if not runs:
         parser().error(f"{options.experiment} has no run of `--systems {' '.join(options.systems)}`.")
     missing = [run for run in runs if not settings.path(run).exists()]

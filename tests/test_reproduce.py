@@ -341,6 +341,35 @@ def test_the_grid_and_its_winner(settings, capsys):
     assert reproduce.recipe("cola", "gaml-soft", options).ga_granularity == "layer"
 
 
+def test_the_tables_of_the_paper_with_exits_that_learn(settings, capsys):
+    options = parse(words(settings, "--exits", "learning", "--early_stopping_patience", "2"))
+    found = reproduce.recipe("cola", "ml", options)
+    assert (found.exit_pooling, found.exit_learning_rate_multiplier, found.exit_warm_start) == ("mean", 10.0, True)
+    assert found.early_stopping_patience == 2
+    # The table of exits trains the same runs, and SWEET, which no other table has.
+    common = ["--tasks", "cola", "--seeds", "0", "--backbone", settings.backbone]
+    of_paper, of_exits = (
+        {run.name for run in reproduce.experiment(name, parse([*common, *more]), 4)}
+        for name, more in (("ga", ["--exits", "learning"]), ("exits", []))
+    )
+    assert len(of_paper & of_exits) == 8  # multi-exit, ML, and both alignments with three granularities
+    sweet = [run for run in reproduce.experiment("exits", parse(common), 4) if run.stop_gradient_between_exits]
+    assert [run.system for run in sweet] == ["multi-exit"]
+    with raises(SystemExit):
+        reproduce.main(["exits", *words(settings), "--exits", "learning"])
+    assert "leave out `--exits`. Got learning" in capsys.readouterr().err
+
+
+def test_baselines_of_bert_are_left_out_for_another_encoder(settings, tmp_path, capsys):
+    MPNetConfig(num_hidden_layers=4).save_pretrained(tmp_path / "mpnet")
+    asked = [str(tmp_path / "mpnet") if word == settings.backbone else word for word in words(settings)]
+    reproduce.main(["exits", *asked, "--dry-run"])
+    assert "left out for mpnet: theseus\nexits: " in capsys.readouterr().out
+    with raises(SystemExit):
+        reproduce.main(["table2", *asked, "--systems", "pkd"])
+    assert "has no run of `--systems pkd`" in capsys.readouterr().err
+
+
 def test_an_unknown_combination(settings):
     with raises(SystemExit):
         reproduce.main(["table3", *words(settings), "--systems", "deebert"])
