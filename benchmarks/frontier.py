@@ -6,8 +6,9 @@ Score against time: what to serve for a wanted speed, among encoders with exits,
 
 Each folder is one that `run_glue_gaml.py` left. A model with exits runs at full depth and at five speeds by entropy,
 whose thresholds are chosen on `--choose_on`: rows like those of `--data` that no model was trained on. Each runs in
-PyTorch as loaded, prepacked, and in ONNX Runtime in int8 (where its family can be exported). The rival without an
-encoder is a logistic regression on counts of words and pairs of words, trained on `--train`.
+PyTorch as loaded, prepacked, and in ONNX Runtime in int8 (where its family can be exported). The rivals without an
+encoder are logistic regressions trained on `--train`: on counts of words and pairs of words, and, with `--static`, on
+the mean of one vector per token, which model2vec distils from a sentence encoder and saves in a folder.
 
 One thread; the systems take turns, row by row at batch 1, then in batches of 32. Every time is a ratio to the first
 model in PyTorch at full depth, of the same round. At batch 1, of the median text and of the slowest of twenty.
@@ -140,6 +141,21 @@ def bag_of_words(rows: Rows) -> System:
     return System("words and pairs of words", lambda rows: model.predict([" ".join(row) for row in rows]).tolist())
 
 
+def static_vectors(name: str, folder: str, rows: Rows) -> System:
+    from model2vec import StaticModel  # not one of our requirements
+
+    model = StaticModel.from_pretrained(folder)
+
+    def vectors(texts: Sequence[tuple[str, ...]]) -> np.ndarray:
+        first, *second = (model.encode(list(column)) for column in zip(*texts, strict=True))
+        # Of a pair what Conneau et al. (2017, Sec. 3.1) take: how far apart the two are, and how alike, by dimension.
+        return np.concatenate([np.abs(first - second[0]), first * second[0]], axis=1) if second else first
+
+    texts, labels = rows
+    regression = LogisticRegression(max_iter=1000).fit(vectors(texts), labels)
+    return System(name, lambda rows: regression.predict(vectors(rows)).tolist())
+
+
 def measure(systems: list[System], rows: Rows, batch_size: int, rounds: int, clock: Callable[[], float]) -> None:
     texts, _ = rows
     batches = [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]
@@ -199,7 +215,8 @@ def draw(systems: list[System], path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", required=True, metavar="NAME=FOLDER", help="the first is the base")
-    parser.add_argument("--train", help="rows that the models were trained on, for the rival without an encoder")
+    parser.add_argument("--train", help="rows that the models were trained on, for the rivals without an encoder")
+    parser.add_argument("--static", nargs="+", default=[], metavar="NAME=FOLDER", help="of model2vec")
     parser.add_argument("--choose_on", required=True, help="rows that no model was trained on, to choose thresholds")
     parser.add_argument("--data", required=True, help="rows to score")
     parser.add_argument("--text_columns", nargs="+", required=True)
@@ -210,6 +227,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="where to write scores and seconds, as JSON")
     parser.add_argument("--figure", type=Path, help="where to draw score against speed, as PNG")
     options = parser.parse_args(argv)
+    if options.static and not options.train:
+        parser.error("`--static` is trained on `--train`, a file of rows with their class. Got none.")
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -221,7 +240,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             name, _, folder = word.partition("=")
             systems += systems_of(name, folder, choose_on, Path(exports))
         if options.train:
-            systems.append(bag_of_words(read(options.train, *columns)))
+            train = read(options.train, *columns)
+            for word in options.static:
+                name, _, folder = word.partition("=")
+                systems.append(static_vectors(name, folder, train))
+            systems.append(bag_of_words(train))
         for system in systems:
             batches = (data[0][start : start + 32] for start in range(0, len(data[0]), 32))
             answers = [label for batch in batches for label in system.answer(batch)]

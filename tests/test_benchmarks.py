@@ -2,7 +2,9 @@
 
 import json
 
+import numpy as np
 import torch
+from model2vec import StaticModel
 
 from benchmarks import families, frontier, image_speed, speed
 from conftest import WORDS
@@ -65,6 +67,11 @@ def test_frontier(tokenizer, tmp_path, capsys):
         config = GamlAutoConfig.for_model(**kind, **sizes, **labels, **relative)
         model = GamlAutoModelForSequenceClassification.from_config(config)
         words.append(f"{name}={save_checkpoint(model, tokenizer, tmp_path / name)}")
+    # One vector per token: "great" is far from "awful" and "dull".
+    vectors = np.zeros((len(WORDS), 2), dtype=np.float32)
+    vectors[[WORDS.index("great"), WORDS.index("awful"), WORDS.index("dull")], 0] = 9.0, -9.0, -9.0
+    StaticModel(vectors, tokenizer.backend_tokenizer).save_pretrained(tmp_path / "static")
+    words += ["--static", f"static={tmp_path / 'static'}"]
     outputs = ["--output", str(tmp_path / "frontier.json"), "--figure", str(tmp_path / "frontier.png")]
     frontier.main([*words, *outputs])
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
@@ -76,8 +83,19 @@ def test_frontier(tokenizer, tmp_path, capsys):
     assert not [name for name in systems if name.startswith(("one, ONNX", "one, PyTorch, "))]
     assert any(system["speed_up"] > 1 for system in systems.values())
     assert systems["words and pairs of words"]["score"] == 1.0
+    assert systems["static"]["score"] == 1.0
     assert systems["deep, PyTorch"]["score"] == systems["deep, prepacked"]["score"]
     assert systems["deep, PyTorch"]["seconds"].keys() == {"1", "32"}
+
+
+def test_static_vectors_of_pairs(tokenizer, tmp_path):
+    """Which of two words stand in a pair says nothing of whether they are the same; how far apart they are does."""
+    vectors = np.zeros((len(WORDS), 2), dtype=np.float32)
+    vectors[WORDS.index("good")], vectors[WORDS.index("bad")] = (8, 0), (0, 8)
+    StaticModel(vectors, tokenizer.backend_tokenizer).save_pretrained(tmp_path)
+    pairs = [(a, b) for a in ("good", "bad") for b in ("good", "bad")]
+    same = ["yes" if a == b else "no" for a, b in pairs]
+    assert frontier.static_vectors("static", tmp_path, (pairs, same)).answer(pairs[::-1]) == same[::-1]
 
 
 def test_image_speed(capsys):
