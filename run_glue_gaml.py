@@ -43,6 +43,7 @@ from gaml_hf.models.exits_gaml import ExitsMixin
 from gaml_hf.models.pipeline_gaml import MIN_LENGTH
 from gaml_hf.training import script
 from gaml_hf.training.script import (
+    SWITCH,
     GamlArguments,
     GamlTrainingArguments,
     choose_policy,
@@ -116,7 +117,8 @@ class DataTrainingArguments:
         metadata={
             "help": 'Read "[SEP]" or "[MASK]" in a text as the characters they are, here and wherever the saved model '
             "is used. Defaults to what the tokenizer says; for a plain model's that says nothing, to True, unless "
-            "special tokens were added to it."
+            "special tokens were added to it.",
+            **SWITCH,
         },
     )
     pad_to_max_length: bool = field(
@@ -227,7 +229,7 @@ def settle_reading(
     elif not MIN_LENGTH <= length <= limit:
         raise ValueError(
             f"`max_seq_length` must lie between {MIN_LENGTH} and {limit}, the longest input that "
-            f"the model can read (`max_position_embeddings`). Got {length}."
+            f"the model can read (`config.max_input_length`). Got {length}."
         )
     split = data_args.split_special_tokens
     if split is None and (is_gaml or "split_special_tokens" in tokenizer.init_kwargs):
@@ -246,8 +248,8 @@ def main(argv: list[str] | None = None) -> dict:
     model_args, data_args, gaml_args, training_args = parse_arguments(argv)
     set_up(training_args)
     old_checkpoints, resume = what_to_resume(training_args)
-    if gaml_args.exit_strategy is None and training_args.do_train:
-        gaml_args.exit_strategy = "patience"  # the paper's (Sec. 6.5)
+    if training_args.do_train:
+        gaml_args.settle_strategy("entropy")
     gaml_args.check_promise()
     load_config(model_args, gaml_args, class_weights=None)  # before any row is read; the classes are not known yet
 

@@ -23,25 +23,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from datasets import load_dataset
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoImageProcessor, default_data_collator
-from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from gaml_hf import GamlAutoConfig, GamlAutoModelForImageClassification, GamlResNetConfig
 from gaml_hf import GamlResNetForImageClassification as GamlResNet
 from gaml_hf.data.files import encode_labels
-from gaml_hf.data.images import ImageRows, ImageSource, image_columns
-from gaml_hf.evaluation import image_flops_speed_up
+from gaml_hf.data.images import ImageRows, ImageSource, cifar_processor, image_columns
+from gaml_hf.evaluation import accuracy, image_flops_speed_up
 from gaml_hf.training import script
 
 
 logger = logging.getLogger(__name__)
 
-# Mean and standard deviation of CIFAR-100's training images; CIFAR-10's differ by less than 0.02.
-CIFAR_MEAN, CIFAR_STD = [0.507, 0.487, 0.441], [0.267, 0.256, 0.276]
 SPLITS = {"train": "train_dir", "validation": "validation_dir", "test": "test_dir"}
 
 
@@ -167,8 +163,8 @@ def main(argv: list[str] | None = None) -> dict:
     model_args, data_args, gaml_args, training_args = parse_arguments(argv)
     script.set_up(training_args)
     old_checkpoints, resume = script.what_to_resume(training_args)
-    if gaml_args.exit_strategy is None and training_args.do_train:
-        gaml_args.exit_strategy = "patience"  # Table 8
+    if training_args.do_train:
+        gaml_args.settle_strategy("patience")  # Table 8
     gaml_args.check_promise()
     make_config(model_args, gaml_args, class_weights=None)  # before any image is read; the classes are not known yet
 
@@ -316,7 +312,7 @@ def load_model(
     config = make_config(model_args, gaml_args, **labels)
     processor_name = model_args.image_processor_name or name
     if processor_name is None:
-        processor = ViTImageProcessorPil(size={"height": 32, "width": 32}, image_mean=CIFAR_MEAN, image_std=CIFAR_STD)
+        processor = cifar_processor()
     else:
         processor = AutoImageProcessor.from_pretrained(processor_name, trust_remote_code=False, **source)
     if name is None:
@@ -335,11 +331,6 @@ def read_images(sources: dict[str, ImageSource], config: GamlResNetConfig, proce
             logger.info("%s: %d images; classes: %s", split, source.count, told)
         rows[split] = ImageRows(source, processor, labels)
     return rows
-
-
-def accuracy(predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
-    """What Table 8 tells."""
-    return {"accuracy": float(np.mean(np.asarray(predictions) == np.asarray(references)))}
 
 
 def evaluate(trainer: script.GamlTrainer, part: ImageRows, gaml_args: GamlArguments) -> dict:

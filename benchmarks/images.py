@@ -14,17 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import PrinterCallback, TrainingArguments, default_data_collator, set_seed
-from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from benchmarks.runs import IMAGE_TASKS, ONE_EXIT, Settings, accuracy, digest, encode_array
+from benchmarks.runs import IMAGE_TASKS, ONE_EXIT, Settings, digest, encode_array
 from gaml_hf import GamlResNetConfig, GamlResNetForImageClassification, GamlTrainer
-from gaml_hf.data.images import ImageRows, ImageSource
-from gaml_hf.evaluation import ExitMetrics, image_flops
+from gaml_hf.data.images import ImageRows, ImageSource, cifar_processor
+from gaml_hf.evaluation import ExitMetrics, accuracy, image_flops
 from gaml_hf.models.exiting_gaml import MaxProb
 
 
 DEPTHS = (20, 32, 44, 56)  # of plain networks, which are the rivals of the exits
-MEAN, STD = [0.507, 0.487, 0.441], [0.267, 0.256, 0.276]
 
 IMAGE_SYSTEMS: dict[str, dict[str, Any]] = {
     "plain": ONE_EXIT,
@@ -176,8 +174,7 @@ def read_split(data: str | None, task: str, split: str) -> ImageRows:
         raise ValueError(
             f"`{task}` has {IMAGE_TASKS[task]} classes. Got {len(classes)}, in `{Path(data, task, split)}`."
         )
-    processor = ViTImageProcessorPil(size={"height": 32, "width": 32}, image_mean=MEAN, image_std=STD)
-    return ImageRows(source, processor, [classes.index(name) for name in source.names])
+    return ImageRows(source, cifar_processor(), [classes.index(name) for name in source.names])
 
 
 class LeaveAt(MaxProb):

@@ -21,12 +21,8 @@ from datasets import load_dataset
 from transformers import AutoTokenizer
 
 from gaml_hf import GamlBertForSequenceClassification
-from gaml_hf.evaluation import layer_speed_up, replay, score_exits, sweep
+from gaml_hf.evaluation import accuracy, layer_speed_up, replay, score_exits, sweep
 from gaml_hf.runtime.ort import GamlOrtModelForSequenceClassification, export_onnx
-
-
-def accuracy(predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
-    return {"accuracy": float((predictions == references).mean())}
 
 
 def exit_logits(model, tokenizer, texts: list[tuple[str, ...]]) -> np.ndarray:

@@ -658,6 +658,8 @@ def exits(results: Results) -> str:
                 system += f", {run['ga_granularity']}"
             elif run.get("stop_gradient_between_exits"):
                 system += ", SWEET"
+            elif run.get("mixed_training"):
+                system += f", last exit alone for {run['mixed_training']:.0%} of the steps"
             # A run of a time without these fields has the paper's exits.
             kind = (
                 run.get("exit_pooling", "cls"),

@@ -112,6 +112,7 @@ def experiment(name: str, options: argparse.Namespace, depth: int) -> list[Run]:
                 run("bert", layers=layers, **LEARNING)
             run("theseus", **LEARNING)
             run("multi-exit", stop_gradient_between_exits=True, **LEARNING)
+            run("multi-exit", mixed_training=0.5, **LEARNING)
             run("fastbert-joint", **LEARNING)
             run("ml", **LEARNING)
             for system, granularity in itertools.product(("gaml-soft", "gaml-hard"), ("layer", "tensor", "global")):
@@ -265,7 +266,9 @@ def parser() -> argparse.ArgumentParser:
         "--depths", nargs="+", type=int, default=list(DEPTHS), help="of plain ResNets; exits are on the last"
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
-    parser.add_argument("--backbone", default="google-bert/bert-base-uncased", help="a BERT: a folder or a Hub name")
+    parser.add_argument(
+        "--backbone", default="google-bert/bert-base-uncased", help="an encoder: a folder or a Hub name"
+    )
     parser.add_argument("--data", help="a folder with a folder for each task; else nyu-mll/glue")
     parser.add_argument("--ledger", type=Path, default=Path("runs"))
     parser.add_argument("--epochs", type=int, default=20, help="at most; early stopping ends a run sooner")

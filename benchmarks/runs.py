@@ -42,7 +42,7 @@ from transformers import (
 
 from benchmarks.baselines import BASELINES, Context
 from gaml_hf import PAPER_LETTER, GamlAutoConfig, GamlAutoModelForSequenceClassification, GamlTrainer
-from gaml_hf.evaluation import ExitMetrics
+from gaml_hf.evaluation import ExitMetrics, accuracy
 from gaml_hf.evaluation.glue import GlueMetric, get_task, selection_scorer
 from gaml_hf.models.configuration_gaml import GamlConfigMixin
 from gaml_hf.training.alignment import cos_angle
@@ -93,7 +93,7 @@ class Run:
     Args:
         task (`str`): a GLUE task.
         system (`str`): a key of `EXIT_SYSTEMS` or of `baselines.BASELINES`.
-        backbone (`str`): name of the BERT checkpoint; its folder is `Settings.backbone`.
+        backbone (`str`): name of the encoder's checkpoint; its folder is `Settings.backbone`.
         seed (`int`): of everything that is drawn; the rows set aside depend on it too.
         learning_rate, batch_size, warmup_epochs, alpha: as in Table 7.
         epochs (`int`): at most; `early_stopping_patience` (`int`) epochs without a better mean over exits end it.
@@ -102,8 +102,8 @@ class Run:
         max_grad_norm (`float`): clipping; 0 clips nothing.
         ga_granularity, kd_reduction (`str`): as in [`GamlConfigMixin`].
         exit_pooling, exit_norm, exit_learning_rate_multiplier, exit_warm_start, stop_gradient_between_exits,
-        mixed_training: as in [`GamlConfigMixin`], by default as the paper has them. A static baseline takes the first
-            three for its one classifier.
+        mixed_training: as in [`GamlConfigMixin`], by default as the paper has them. BERT-of-Theseus takes the
+            first three for its one classifier; the other static baselines keep BERT's own.
         watch_angle (`bool`): measure γ of Eq. 4 at each step of a training without alignment (Fig. 3).
         fold, folds (`int`, *optional*): fold `fold` of `folds` is set aside, and validation is left alone.
         holdout_fraction (`float`): else, the share of the training rows set aside.
@@ -173,7 +173,7 @@ class Settings:
 
     Args:
         ledger (`Path`): the folder of the JSONs.
-        backbone (`str`): folder or Hub name of a BERT checkpoint.
+        backbone (`str`): folder or Hub name of an encoder's checkpoint.
         data (`str`, *optional*): a folder with a folder of parquet files per task; else `nyu-mll/glue`. Of images,
             `<data>/<task>/{train,test}/<class>/<image>`.
     """
@@ -462,10 +462,6 @@ def scorer(task_name: str) -> tuple[Callable[[np.ndarray, np.ndarray], dict[str,
 def main_metric(task_name: str) -> str:
     """The name of the score that tables tell."""
     return "accuracy" if task_name in IMAGE_TASKS else get_task(task_name).main_metric
-
-
-def accuracy(predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
-    return {"accuracy": float(np.mean(np.asarray(predictions) == np.asarray(references)))}
 
 
 def one_exit_metrics(task_name: str, prediction: EvalPrediction) -> dict[str, float]:

@@ -395,7 +395,7 @@ def test_flops_speed_up_counts_only_exits_that_are_there(build):
 def test_flops_speed_up_refuses_lengths_that_do_not_fit(build):
     with raises(ValueError, match=r"`lengths` must hold one number of tokens for each of the 2 rows.*shape \(1,\)"):
         flops_speed_up(build(), [1, 2], [7])
-    with raises(ValueError, match=r"`lengths` must lie between 1 and 64 \(`max_position_embeddings`\). Got 7 to 65"):
+    with raises(ValueError, match=r"`lengths` must lie between 1 and 64 \(`config.max_input_length`\). Got 7 to 65"):
         flops_speed_up(build(), [1, 2], [7, 65])
 
 

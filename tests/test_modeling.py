@@ -748,8 +748,8 @@ IDS = torch.full((2, 6), 7)
         ({"input_ids": IDS, "attention_mask": torch.ones(2, 1, 6, 6)}, "Got (2, 1, 6, 6)"),
         (
             {"input_ids": IDS, "attention_mask": tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])},
-            "`attention_mask` must be 1 at the first position of every row: an exit reads [CLS] there. Row 1 starts "
-            'with padding; pad on the right (`padding_side="right"`).',
+            "`attention_mask` must be 1 at the first position of every row, where its text begins. Row 1 starts with "
+            'padding; pad on the right (`padding_side="right"`).',
         ),
         (
             {"input_ids": IDS, "token_type_ids": IDS},

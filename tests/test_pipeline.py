@@ -340,7 +340,7 @@ ARGUMENT_ERRORS = [
     ({"padding": "left"}, "`padding` must be one of"),
     ({"split_special_tokens": "no"}, "`split_special_tokens` must be one of True, False"),
     ({"max_length": 4}, "`max_length` must be a whole number between 5 and 64"),
-    ({"max_length": 65}, "this model can read (`max_position_embeddings`). Got `max_length=65`"),
+    ({"max_length": 65}, "this model can read (`config.max_input_length`). Got `max_length=65`"),
     ({"max_length": 9.0}, "Got `max_length=9.0`"),
     ({"top_k": ""}, "Got `top_k=''`"),
     ({"top_k": 2.0}, "Got `top_k=2.0`"),

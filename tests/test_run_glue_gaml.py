@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel, pipeline
 
 import gaml_score
 import run_glue_gaml
-from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification
+from gaml_hf import PAPER_LETTER, GamlBertConfig, GamlBertForSequenceClassification
 from gaml_hf.evaluation.glue import GLUE_TASKS
 from gaml_hf.hub import check_checkpoint, save_checkpoint
 from gaml_hf.models.handler import EndpointHandler
@@ -110,8 +110,8 @@ def test_train_evaluate_predict_and_use(common, files, tmp_path, capsys):
     check_checkpoint(out)
     assert {"depth_score.png", "speed_score.png", "README.md", "run.json"} <= {path.name for path in out.iterdir()}
     saved = GamlBertForSequenceClassification.from_pretrained(out)
-    assert saved.config.exit_strategy == "patience"
-    assert saved.config.patience == run["chosen"]["parameter"]
+    assert saved.config.exit_strategy == "entropy"
+    assert saved.config.exit_threshold == run["chosen"]["parameter"]
 
     # The predictions are those of the pipeline on the same texts.
     with (out / "predictions_test.tsv").open(encoding="utf-8") as file:
@@ -280,6 +280,39 @@ def test_recipe_file_and_command_line_override(common, files, tmp_path):
         assert gaml.target_speed_up == [1.5, 2.5]
         assert (training.do_train, training.do_eval, training.warmup_epochs) == (True, False, 1.5)
         assert data.train_file == files["train"]
+
+
+@mark.parametrize(
+    ("words", "strategy"),
+    [
+        ("", "entropy"),
+        ("--paper_letter", "patience"),
+        ("--patience 3", "patience"),
+        ("--budgeted_exit 2", "budgeted"),
+        ("--exit_threshold 0.1", "entropy"),
+        ("--paper_letter --exit_strategy max_prob", "max_prob"),
+    ],
+)
+def test_the_strategy_where_none_is_named(common, words, strategy):
+    *_, gaml, _ = run_glue_gaml.parse_arguments([*common, "--task_name", "sst2", *words.split()])
+    gaml.settle_strategy("entropy")
+    assert gaml.exit_strategy == strategy
+
+
+def test_the_letter_of_the_paper(common, files):
+    words = [*common, *with_files(files, "train"), "--do_train", "--max_steps", "1", "--paper_letter"]
+    config = run_glue_gaml.main([*words, "--kd_reduction", "mean"])["config"]
+    assert {name: config[name] for name in PAPER_LETTER} == PAPER_LETTER | {"kd_reduction": "mean"}
+    assert config["exit_strategy"] == "patience"
+
+
+def test_a_switch_named_alone_is_on(common):
+    common = [*common, "--task_name", "sst2"]
+    for name in ("exit_warm_start", "stop_gradient_between_exits"):
+        for words, value in (([], None), ([f"--{name}"], True), ([f"--{name}", "False"], False)):
+            assert getattr(run_glue_gaml.parse_arguments([*common, *words])[2], name) is value
+    for words, value in (([], None), (["--split_special_tokens"], True), (["--split_special_tokens", "False"], False)):
+        assert run_glue_gaml.parse_arguments([*common, *words])[1].split_special_tokens is value
 
 
 def test_plain_bert_and_warmup_epochs(common, files):
@@ -931,10 +964,9 @@ def test_a_recipe_is_table_7(task):
     assert (training.learning_rate, training.warmup_epochs) == (task.learning_rate, task.warmup_epochs)
     batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
     assert (batch, gaml.alpha) == (task.batch_size, task.alpha)
-    # Sec. 6.4: early stopping, selection by the mean over exits, the range of the speed-up; Sec. 6.5: patience.
+    # Sec. 6.4: early stopping, selection by the mean over exits, the range of the speed-up.
     assert (training.early_stopping_patience, training.metric_for_best_model) == (5, "exit_mean")
-    assert (gaml.exit_strategy, gaml.patience, gaml.target_speed_up) == ("patience", None, [1.8, 2.1])
-    assert (gaml.ga_mode, gaml.distillation) == ("soft", "mutual")
+    assert (gaml.exit_strategy, gaml.patience, gaml.target_speed_up) == (None, None, [1.8, 2.1])
     assert training.do_train
     assert training.do_eval
     rate = f"{task.learning_rate:.0e}".replace("e-0", "e-")

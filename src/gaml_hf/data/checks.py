@@ -93,7 +93,7 @@ def check_dataset(
         )
     if "input_ids" in columns and "input_ids" in inputs:
         rule = (
-            f"must be a list of 1 to {max_length} tokens (`max_position_embeddings`; tokenize with `truncation=True`)"
+            f"must be a list of 1 to {max_length} tokens (`config.max_input_length`; tokenize with `truncation=True`)"
         )
         _raise_at_first(dataset, "input_ids", lambda values: _wrong_lengths(values, max_length), split, rule)
 

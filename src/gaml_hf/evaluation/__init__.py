@@ -3,7 +3,7 @@
 from .certificate import RISKS, ExitCertificate, certify, observed_risk, rows_needed
 from .choice import OperatingPoint, calibrate, choose, replay, sweep
 from .metrics import ExitMetrics, warn_of_one_class
-from .scores import Score, exit_mean, one_class_exits, overthinking, score_exits
+from .scores import Score, accuracy, exit_mean, one_class_exits, overthinking, score_exits
 from .speed import flops_speed_up, image_flops, image_flops_speed_up, latency_speed_up, layer_speed_up
 
 
@@ -13,6 +13,7 @@ __all__ = [
     "ExitMetrics",
     "OperatingPoint",
     "Score",
+    "accuracy",
     "calibrate",
     "certify",
     "choose",

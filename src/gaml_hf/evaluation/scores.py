@@ -12,6 +12,11 @@ from .checks import check_exit_logits, check_labels, main_score
 Score = Callable[[np.ndarray, np.ndarray], dict[str, float]]
 
 
+def accuracy(predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
+    """Share of the rows that are right, as `{"accuracy": ...}` in [0, 1]; both of shape `(num_rows,)`."""
+    return {"accuracy": float(np.mean(np.asarray(predictions) == np.asarray(references)))}
+
+
 def score_exits(
     exit_logits: np.ndarray | Tensor, labels: np.ndarray | Tensor, exit_layers: Sequence[int], score: Score
 ) -> dict[int, dict[str, float]]:

@@ -69,7 +69,7 @@ def flops_speed_up(
         )
     if lengths.min() < 1 or lengths.max() > config.max_input_length:
         raise ValueError(
-            f"`lengths` must lie between 1 and {config.max_input_length} (`max_position_embeddings`). "
+            f"`lengths` must lie between 1 and {config.max_input_length} (`config.max_input_length`). "
             f"Got {lengths.min()} to {lengths.max()}."
         )
     distinct, row_length = np.unique(lengths, return_inverse=True)

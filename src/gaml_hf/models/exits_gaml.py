@@ -360,7 +360,7 @@ class ExitsMixin(ExitsBase, EncoderHooks):
         if attention_mask is not None and not attention_mask[:, 0].all():
             row = int((attention_mask[:, 0] == 0).nonzero()[0])
             raise ValueError(
-                f"`attention_mask` must be 1 at the first position of every row: an exit reads [CLS] there. Row {row} "
+                f"`attention_mask` must be 1 at the first position of every row, where its text begins. Row {row} "
                 'starts with padding; pad on the right (`padding_side="right"`).'
             )
 

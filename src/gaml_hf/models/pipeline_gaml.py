@@ -157,7 +157,7 @@ class GamlTextClassificationPipeline(ExitPipelineMixin, TextClassificationPipeli
         truncation (`bool` or `str`, *optional*, defaults to `True`):
             As the tokenizer's. With `False`, a text that is too long is an error, and its row a bad one.
         max_length (`int`, *optional*, defaults to the tokenizer's `model_max_length`):
-            The longest input in tokens, from 5 to the model's `max_position_embeddings`. The tokenizer of a checkpoint
+            The longest input in tokens, from 5 to the `max_input_length` of the config. The tokenizer of a checkpoint
             that `run_glue_gaml.py` trained holds the length that it was trained and scored with.
         padding (`bool` or `str`, *optional*): as the tokenizer's; a batch is padded to its longest row in any case.
         split_special_tokens (`bool`, *optional*, defaults to the tokenizer's own, as in the stock pipeline):
@@ -232,7 +232,7 @@ class GamlTextClassificationPipeline(ExitPipelineMixin, TextClassificationPipeli
         if max_length is not None and (type(max_length) is not int or not MIN_LENGTH <= max_length <= limit):
             raise ValueError(
                 f"`max_length` must be a whole number between {MIN_LENGTH} and {limit}, the longest input that this "
-                f"model can read (`max_position_embeddings`). Got `max_length={shown(max_length)}`."
+                f"model can read (`config.max_input_length`). Got `max_length={shown(max_length)}`."
             )
 
     # One row
@@ -498,7 +498,7 @@ def _check_tokenizer(tokenizer: Any, config: Any) -> None:
         )
     if tokenizer.padding_side != "right":
         raise ValueError(
-            '`tokenizer` must pad on the right (`padding_side="right"`): an exit reads [CLS] at the first position. '
+            '`tokenizer` must pad on the right (`padding_side="right"`): a text begins at the first position. '
             f"Got `padding_side={tokenizer.padding_side!r}`."
         )
 

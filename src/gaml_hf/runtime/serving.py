@@ -57,7 +57,7 @@ class ServerSettings:
         exit_strategy, patience, budgeted_exit, exit_threshold (*optional*):
             When a row leaves, where a request does not say; as in the pipeline.
         slo_ms (`float`, *optional*): latency to keep, in milliseconds: rows leave earlier when requests pile up.
-        min_exit (`int`, *optional*): the layer at which no row is made to leave before; defaults to the first exit.
+        min_exit (`int`, *optional*): the layer before which no row is made to leave; defaults to the first exit.
         max_disagreement (`float`, *optional*):
             Share of the rows that may get another class than the last exit's, at any load. Read with `slo_ms`; needs
             a checkpoint with a certificate of disagreement, see [`~evaluation.ExitCertificate.lowest_cap`].

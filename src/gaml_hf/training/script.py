@@ -58,6 +58,9 @@ logger = logging.getLogger(__name__)
 Score = Callable[[np.ndarray, np.ndarray], dict[str, float]]
 
 
+SWITCH = {"nargs": "?", "const": True}  # of a `bool` that may be left out: named alone, it is on
+
+
 @dataclass
 class GamlArguments:
     """The exits: how they are trained, and when a row leaves. `None` keeps what the model's config says."""
@@ -80,10 +83,12 @@ class GamlArguments:
         default=None, metadata={"help": "The exits' learning rate, in times the encoder's; 1 in the paper."}
     )
     exit_warm_start: bool | None = field(
-        default=None, metadata={"help": "Start new exits at a regression on the layers as they were pre-trained."}
+        default=None,
+        metadata={"help": "Start new exits at a regression on the layers as they were pre-trained.", **SWITCH},
     )
     stop_gradient_between_exits: bool | None = field(
-        default=None, metadata={"help": "Let each layer learn from the next exit above it alone (SWEET)."}
+        default=None,
+        metadata={"help": "Let each layer learn from the next exit above it alone (SWEET).", **SWITCH},
     )
     mixed_training: float | None = field(
         default=None, metadata={"help": "Share of the steps in which the last exit learns alone, before all do."}
@@ -114,7 +119,9 @@ class GamlArguments:
     )
     exit_strategy: str | None = field(
         default=None,
-        metadata={"help": "none, budgeted, patience, entropy or max_prob. Patience where a model is trained."},
+        metadata={
+            "help": "none, budgeted, patience, entropy or max_prob. Texts train for entropy, images for patience."
+        },
     )
     patience: int | None = field(
         default=None, metadata={"help": "For patience. Chosen for `target_speed_up` where not given."}
@@ -194,6 +201,13 @@ class GamlArguments:
         """Whether the strategy's parameter is still to be chosen."""
         parameter = getattr(EXIT_POLICIES.get(self.exit_strategy), "parameter", None)
         return parameter is not None and getattr(self, parameter) is None
+
+    def settle_strategy(self, usual: str) -> None:
+        """Where none is named: the one whose parameter is given, the paper's by its letter (Sec. 6.5), or `usual`."""
+        if self.exit_strategy is None and self.budgeted_exit is not None:
+            self.exit_strategy = "budgeted"
+        elif self.exit_strategy is None:
+            self.exit_strategy = "patience" if self.patience is not None or self.paper_letter else usual
 
     def check_promise(self) -> None:
         """Refuse `max_loss` where there is no parameter for it to choose."""
