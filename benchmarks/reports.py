@@ -690,7 +690,40 @@ def exits(results: Results) -> str:
         header = ["system", "reads", "norm", "rate", "warm start", "exits, shallow to deep", "last exit"]
         header += ["entropy at 1.9x", "at 2.5x", "threshold chosen aside for 1.8x to 2.1x", "for 2.35x to 2.65x"]
         blocks.append(f"### {task} ({get_task(task).main_metric} x 100)\n\n" + table(header, rows))
+        if compared := price_of_leaving(groups):
+            header = ["system", "reads", "norm", "rate", "warm start", "at 1.9x, less its last exit"]
+            header += ["less plain of half the layers", "less multi-exit at 1.9x"]
+            blocks.append(f"### {task}, same seeds\n\n" + table(header, compared))
     return "\n".join(blocks)
+
+
+def price_of_leaving(groups: Mapping[tuple, Sequence[dict[str, Any]]]) -> list[list[str]]:
+    """
+    What leaving early by entropy at 1.9x costs, over the seeds that two systems share: against the model's own last
+    exit, a plain model of half the layers, and multi-exit training. `groups` are the runs of each system and kind.
+    """
+
+    def by_seed(key: tuple, value: Callable[[dict[str, Any]], float]) -> dict[int, float]:
+        return {r["run"]["seed"]: value(r) for r in groups.get(key, ())}
+
+    def last(result: dict[str, Any]) -> float:
+        return exit_score(result, result["exit_layers"][-1], get_task(result["run"]["task"]).main_metric)
+
+    def less(early: dict[int, float], other: dict[int, float]) -> str:
+        seeds = sorted(early.keys() & other.keys())
+        difference = paired_difference([early[s] for s in seeds], [other[s] for s in seeds])
+        return "" if difference is None else str(difference)
+
+    rows = []
+    for (system, *kind), found in groups.items():
+        if len(found) < 2 or len(found[0]["exit_layers"]) == 1:
+            continue
+        early = by_seed((system, *kind), score_at)
+        half = by_seed((f"plain, {found[0]['full_depth'] // 2} layers", *kind), last)
+        joint = {} if system == "multi-exit" else by_seed(("multi-exit", *kind), score_at)
+        compared = [by_seed((system, *kind), last), half, joint]
+        rows.append([system, *kind, *(less(early, other) for other in compared)])
+    return rows
 
 
 def table8(results: Results) -> str:

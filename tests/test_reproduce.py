@@ -262,6 +262,33 @@ def test_the_curve_between_its_points():
     assert reports.score_at(result, "budgeted", 9.0) == approx(0.0)
 
 
+def test_what_leaving_early_costs_by_hand(monkeypatch):
+    def result(seed: int, early: float, last: float, exits: int = 4) -> dict:
+        return {
+            "run": {"task": "sst2", "seed": seed},
+            "full_depth": 4,
+            "exit_layers": list(range(5 - exits, 5)),
+            "scores": {"validation": {"4": {"accuracy": last / 100}}},
+            "early": early,
+        }
+
+    monkeypatch.setattr(reports, "score_at", lambda result: result["early"])
+    kind = ("mean", "", "x10", "yes")
+    groups = {
+        ("multi-exit", *kind): [result(0, 80, 82), result(1, 81, 85)],
+        ("ml", *kind): [result(1, 83, 83), result(0, 81, 83), result(2, 50, 60)],
+        ("ml", "cls", "", "x1", "no"): [result(0, 70, 80)],  # one seed says nothing
+        ("plain, 2 layers", *kind): [result(1, 0, 80, exits=1), result(0, 0, 79, exits=1)],
+        ("plain", *kind): [result(0, 0, 90, exits=1), result(1, 0, 90, exits=1)],
+    }
+    # Two seeds: mean ± 12.706 |d1 - d2| / 2, for that is the 97.5% quantile of t at one degree of freedom. Three, -2,
+    # 0 and -10: -4 ± 4.3027 * 3.055, and p = 1 - 1.309 / sqrt(2 + 1.309^2).
+    assert reports.price_of_leaving(groups) == [
+        ["multi-exit", *kind, "-3.0 [-15.7, +9.7], p=0.205", "+1.0 [+1.0, +1.0], p=0.000", ""],
+        ["ml", *kind, "-4.0 [-17.1, +9.1], p=0.321", "+2.5 [-3.9, +8.9], p=0.126", "+1.5 [-4.9, +7.9], p=0.205"],
+    ]
+
+
 def test_spread():
     assert reports.spread([1.0, 2.0, 3.0]) == "2.0 ± 1.0 (n=3)"
     assert reports.spread([1.0]) == "1.0 (n=1)"
