@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers import PrinterCallback, TrainingArguments, default_data_collator, set_seed
 
-from benchmarks.runs import IMAGE_TASKS, ONE_EXIT, Settings, digest, encode_array
+from benchmarks.runs import EXIT_SYSTEMS, IMAGE_TASKS, ONE_EXIT, Settings, digest, encode_array
 from gaml_hf import GamlResNetConfig, GamlResNetForImageClassification, GamlTrainer
 from gaml_hf.data.images import ImageRows, ImageSource, cifar_processor
 from gaml_hf.evaluation import ExitMetrics, accuracy, image_flops
@@ -26,7 +26,7 @@ DEPTHS = (20, 32, 44, 56)  # of plain networks, which are the rivals of the exit
 
 IMAGE_SYSTEMS: dict[str, dict[str, Any]] = {
     "plain": ONE_EXIT,
-    "multi-exit": {"distillation": "none", "ga_mode": "none"},  # Eq. 1: PABEE
+    **{name: EXIT_SYSTEMS[name] for name in ("multi-exit", "ml", "gaml-hard", "gaml-soft")},
     "shallow-deep": {"exit_loss_weights": "shallow_deep", "distillation": "none", "ga_mode": "none"},
     # Phuong & Lampert (2019): half and half, all exits alike, temperature annealed.
     "dbt": {
@@ -36,9 +36,6 @@ IMAGE_SYSTEMS: dict[str, dict[str, Any]] = {
         "kd_temperature_growth": 1.05,
         "ga_mode": "none",
     },
-    "ml": {"distillation": "mutual", "ga_mode": "none"},
-    "gaml-hard": {"distillation": "mutual", "ga_mode": "hard"},
-    "gaml-soft": {"distillation": "mutual", "ga_mode": "soft"},
 }
 
 
