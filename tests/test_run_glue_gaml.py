@@ -299,6 +299,13 @@ def test_the_strategy_where_none_is_named(common, words, strategy):
     assert gaml.exit_strategy == strategy
 
 
+@mark.parametrize("words", ["--patience 3 --exit_threshold 0.1", "--paper_letter --exit_threshold 0.1"])
+def test_a_parameter_that_no_strategy_reads(common, words):
+    *_, gaml, _ = run_glue_gaml.parse_arguments([*common, "--task_name", "sst2", *words.split()])
+    with raises(ValueError, match="`exit_threshold` is read with .* alone; name the strategy .*'patience'"):
+        gaml.settle_strategy("entropy")
+
+
 def test_the_letter_of_the_paper(common, files):
     words = [*common, *with_files(files, "train"), "--do_train", "--max_steps", "1", "--paper_letter"]
     config = run_glue_gaml.main([*words, "--kd_reduction", "mean"])["config"]

@@ -103,7 +103,7 @@ class ExitPipelineMixin:
         config = copy.copy(self.model.config)
         fields = {name: getattr(config, name) for name in EXIT_FIELDS}
         # Into the copy's dict: its own setter would check types in other words than the policies'.
-        vars(config).update(_changed_exits(_changed_exits(fields, self._exit_defaults), changes))
+        vars(config).update(changed_exits(changed_exits(fields, self._exit_defaults), changes))
         return policy_from_config(config)
 
     def _check_training_mode(self) -> None:
@@ -451,7 +451,7 @@ class _NumberedStream(IterableDataset):
         return (_Row(number, value) for number, value in enumerate(self.rows))
 
 
-def _changed_exits(fields: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+def changed_exits(fields: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """
     The exit fields of a config, changed by what a caller gave; `None` means not given.
 

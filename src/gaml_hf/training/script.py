@@ -50,6 +50,7 @@ from gaml_hf.hub.folders import training_checkpoints
 from gaml_hf.models.configuration_gaml import PAPER_LETTER, GamlConfigMixin
 from gaml_hf.models.engine_gaml import bfloat16_cost
 from gaml_hf.models.exiting_gaml import EXIT_POLICIES
+from gaml_hf.models.pipeline_gaml import EXIT_FIELDS, changed_exits
 
 from .trainer import GamlTrainer
 
@@ -70,7 +71,9 @@ class GamlArguments:
     exit_layers: list[int] | None = field(default=None, metadata={"help": "Layers with an exit. Defaults to all."})
     paper_letter: bool = field(
         default=False,
-        metadata={"help": "Exits, losses and alignment to the letter of the paper, but for what else is given."},
+        metadata={
+            "help": "Exits, losses, alignment and patience to the letter of the paper, but for what else is given."
+        },
     )
     exit_pooling: str | None = field(
         default=None, metadata={"help": "What an exit reads: the mean over the tokens, or cls (the paper)."}
@@ -204,10 +207,10 @@ class GamlArguments:
 
     def settle_strategy(self, usual: str) -> None:
         """Where none is named: the one whose parameter is given, the paper's by its letter (Sec. 6.5), or `usual`."""
-        if self.exit_strategy is None and self.budgeted_exit is not None:
-            self.exit_strategy = "budgeted"
-        elif self.exit_strategy is None:
-            self.exit_strategy = "patience" if self.patience is not None or self.paper_letter else usual
+        if self.exit_strategy is None:
+            usual = "patience" if self.paper_letter else usual
+            given = {name: getattr(self, name) for name in EXIT_FIELDS}
+            self.exit_strategy = changed_exits({"exit_strategy": usual}, given)["exit_strategy"]
 
     def check_promise(self) -> None:
         """Refuse `max_loss` where there is no parameter for it to choose."""
