@@ -53,6 +53,7 @@ LEARNING = {
     "exit_learning_rate_multiplier": 10.0,
     "exit_warm_start": True,
 }
+EXITS = {"paper": {}, "learning": LEARNING}
 EXIT_VARIANTS = [
     {},
     *({name: value} for name, value in LEARNING.items()),
@@ -209,24 +210,34 @@ def recipe(task_name: str, system: str, options: argparse.Namespace, searched: b
     return Run(
         task=task_name,
         system=system,
-        backbone=Path(options.backbone).name if Path(options.backbone).is_dir() else options.backbone,
+        backbone=backbone_name(options),
         seed=0,
         epochs=options.epochs,
         max_train_rows=options.max_train_rows,
         bf16=options.bf16,
         ga_granularity=options.ga_granularity or Run.ga_granularity,
         early_stopping_patience=options.early_stopping_patience,
-        **(LEARNING if options.exits == "learning" else {}),
+        **EXITS[options.exits],
         **chosen,
     )
 
 
+def backbone_name(options: argparse.Namespace) -> str:
+    return Path(options.backbone).name if Path(options.backbone).is_dir() else options.backbone
+
+
 def winner(task_name: str, system: str, options: argparse.Namespace) -> dict | None:
-    """The combination with the best mean over folds of the mean over exits, among those with all folds done."""
+    """
+    The combination with the best mean over folds of the mean over exits, among those with all folds done: of the same
+    encoder and exits.
+    """
+    wanted = {"task": task_name, "system": system, "backbone": backbone_name(options)}
+    wanted |= {name: EXITS[options.exits].get(name, getattr(Run, name)) for name in LEARNING}
     scores = defaultdict(list)
     for result in ledger(options.ledger, "*-fold*.json"):
         run = result["run"]
-        if (run["task"], run["system"]) == (task_name, system):
+        # A run of a time without these fields has the paper's exits.
+        if all(run.get(name, getattr(Run, name, None)) == value for name, value in wanted.items()):
             key = tuple(run[name] for name in ("learning_rate", "batch_size", "warmup_epochs", "alpha", "folds"))
             scores[key].append(result["exit_mean"])
     complete = {key: statistics.mean(values) for key, values in scores.items() if len(values) == key[-1]}
@@ -280,7 +291,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--exits",
-        choices=["paper", "learning"],
+        choices=list(EXITS),
         default="paper",
         help="a linear layer on [CLS], from scratch; or the mean over tokens, a warm start and ten times the rate",
     )

@@ -361,6 +361,12 @@ def test_the_grid_and_its_winner(settings, capsys):
     # The others take it too, but for α, which the multi-exit model does not have.
     found = reproduce.recipe("cola", "ml", options)
     assert (found.learning_rate, found.batch_size, found.warmup_epochs, found.alpha) == (0.01, 8, 0.5, 0.3)
+    # It is the winner of this encoder and these exits: others have Table 7's values.
+    for other in (["--exits", "learning"], ["--backbone", "google-bert/bert-base-uncased"]):
+        others = parse([*words(settings), *other])
+        others.learning_rates = None
+        found = reproduce.recipe("cola", "ml", others)
+        assert (found.learning_rate, found.batch_size, found.warmup_epochs) == (5e-5, 32, 1.2)
     options.learning_rates = [3e-5]
     assert reproduce.recipe("cola", "ml", options).learning_rate == 3e-5
     assert reproduce.recipe("rte", "ml", options).batch_size == 16  # Table 7
