@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +229,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.static and not options.train:
         parser.error("`--static` is trained on `--train`, a file of rows with their class. Got none.")
+    if options.static and find_spec("model2vec") is None:  # now, and not after all models
+        parser.error("`--static` needs one more package: `pip install model2vec`.")
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
