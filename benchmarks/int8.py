@@ -9,7 +9,7 @@ compared with.
 
 import argparse
 import copy
-import platform
+import sys
 import tempfile
 from datetime import date
 from pathlib import Path
@@ -23,6 +23,10 @@ from transformers import AutoTokenizer
 from gaml_hf import GamlBertForSequenceClassification
 from gaml_hf.evaluation import accuracy, layer_speed_up, replay, score_exits, sweep
 from gaml_hf.runtime.ort import GamlOrtModelForSequenceClassification, export_onnx
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a program, it finds its neighbours
+from benchmarks.machine import processor_name
 
 
 def exit_logits(model, tokenizer, texts: list[tuple[str, ...]]) -> np.ndarray:
@@ -61,7 +65,7 @@ def main() -> None:
             systems[name] = GamlOrtModelForSequenceClassification.from_pretrained(path)
         logits = {name: exit_logits(system, tokenizer, texts) for name, system in systems.items()}
 
-    print(f"{date.today()}, {platform.platform()}; torch {torch.__version__}, ", end="")
+    print(f"{date.today()}, {processor_name()}; torch {torch.__version__}, ", end="")
     print(f"onnxruntime {onnxruntime.__version__}; {len(labels)} rows; MiB of the layers: {sizes}; ", end="")
     print(f"int8 with weights of type {systems['ONNX Runtime int8'].weight_type}")
     reference = logits["PyTorch fp32"]

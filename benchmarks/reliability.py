@@ -18,7 +18,6 @@ import argparse
 import decimal
 import json
 import os
-import platform
 import random
 import re
 import string
@@ -40,6 +39,10 @@ from transformers.pipelines.pt_utils import KeyDataset
 
 import gaml_hf
 from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification, GamlTextClassificationPipeline
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a program, it finds its neighbours
+from benchmarks.machine import processor_name
 
 
 WORDS = "film movie story plot actor scene good great bad awful dull funny sad fine very too so not never".split()
@@ -491,7 +494,6 @@ def properties(examples: int, seed: int) -> dict[str, int]:
 
 
 def kills(trials: int, seed: int) -> dict:
-    sys.path.append(str(Path(__file__).parents[1]))  # run as a program, this file sees its own folder alone
     from benchmarks.kills import campaign  # needed by this campaign alone
 
     parts = campaign(trials=trials, seed=seed)
@@ -524,7 +526,7 @@ def main(argv: list[str] | None = None) -> int:
         about = {
             "date": date.today().isoformat(),
             "seed": options.seed,
-            "processor": platform.processor() or platform.machine(),
+            "processor": processor_name(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }

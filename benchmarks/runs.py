@@ -41,6 +41,7 @@ from transformers import (
 )
 
 from benchmarks.baselines import BASELINES, Context
+from benchmarks.machine import processor_name
 from gaml_hf import PAPER_LETTER, GamlAutoConfig, GamlAutoModelForSequenceClassification, GamlTrainer
 from gaml_hf.evaluation import ExitMetrics, accuracy
 from gaml_hf.evaluation.glue import GlueMetric, get_task, selection_scorer
@@ -200,7 +201,9 @@ def perform(run: Any, settings: Settings) -> dict[str, Any]:
         "seconds": time.time() - started,
         "date": time.strftime("%Y-%m-%d"),
         "hardware": (
-            torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU thread(s)"
+            torch.cuda.get_device_name()
+            if torch.cuda.is_available()
+            else f"{processor_name()}, {torch.get_num_threads()} thread(s)"
         ),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         **result,

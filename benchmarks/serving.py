@@ -15,7 +15,6 @@ Client and server share the machine: leave a core to the client (`--num_threads`
 import argparse
 import asyncio
 import json
-import platform
 import re
 import subprocess
 import sys
@@ -32,6 +31,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from gaml_hf.data.files import RowFile
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a program, it finds its neighbours
+from benchmarks.machine import processor_name
 
 
 SYSTEMS = {
@@ -181,7 +184,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     texts, labels = read_texts(options.data, options.text_column, options.label_column, options.model)
     times = arrivals(options.rate, options.burst_rate, options.seconds)[: options.max_requests]
-    print(f"{len(times)} requests for each system; {platform.processor() or platform.machine()}")
+    print(f"{len(times)} requests for each system; {processor_name()}")
     everything = {}
     for name, words in SYSTEMS.items():
         words = [word.format(slo_ms=options.slo_ms) for word in words]

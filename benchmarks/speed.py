@@ -23,8 +23,8 @@ import importlib.util
 import itertools
 import json
 import logging
-import platform
 import statistics
+import sys
 import tempfile
 import time
 import warnings
@@ -44,6 +44,10 @@ from transformers import AutoTokenizer, BertConfig, BertForSequenceClassificatio
 from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification
 from gaml_hf.models.engine_gaml import Layout, PrepackedLinear, bfloat16_cost, run_cls, run_layer
 from gaml_hf.models.exiting_gaml import Budgeted, ExitPolicy, FullDepth, policy_from_config
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a program, it finds its neighbours
+from benchmarks.machine import processor_name
 
 
 # Tokens of a text, [CLS] and [SEP] included: 0%, 5%, ... 100% quantiles of the GLUE validation sets under BERT's
@@ -292,11 +296,8 @@ def make_systems(options: argparse.Namespace, folder: Path) -> dict[str, tuple[C
 
 def processor() -> str:
     """Its name, and what decides which kernels are taken."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    name = f"{names[0] if names else platform.processor() or platform.machine()}, PyTorch takes it for "
-    name += f"{torch.backends.cpu.get_cpu_capability()}; bf16 takes {bfloat16_cost():.2f} of the time of fp32"
+    name = f"{processor_name()}, PyTorch takes it for {torch.backends.cpu.get_cpu_capability()}"
+    name += f"; bf16 takes {bfloat16_cost():.2f} of the time of fp32"
     if importlib.util.find_spec("onnxruntime"):
         from gaml_hf.runtime.ort import exact_weight_type
 

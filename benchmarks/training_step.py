@@ -8,11 +8,12 @@ one round. A step is forward, backward, alignment, clipping and optimizer (AdamW
 """
 
 import argparse
-import platform
 import statistics
+import sys
 import tempfile
 import time
 from datetime import date
+from pathlib import Path
 
 import accelerate
 import torch
@@ -21,6 +22,10 @@ from torch.utils.data import Dataset
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
 from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification, GamlTrainer
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a program, it finds its neighbours
+from benchmarks.machine import processor_name
 
 
 class RandomTexts(Dataset):
@@ -110,8 +115,12 @@ def main() -> None:
                 trainer.remove_callback(stopwatch)
                 seconds.setdefault(name, []).append(statistics.median(stopwatch.seconds[1:]))
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{options.threads} CPU thread(s)"
-    print(f"\n{date.today()}, {platform.platform()}, {device}; torch {torch.__version__}, ", end="")
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{processor_name()}, {options.threads} thread(s)"
+    )
+    print(f"\n{date.today()}, {device}; torch {torch.__version__}, ", end="")
     print(f"transformers {transformers.__version__}, accelerate {accelerate.__version__}; {vars(options)}")
     plain = seconds["plain fine-tuning"]
     print(f"{'':28} {'ms per step: median (range)':>30} {'plain steps: median (range)':>32}")

@@ -1,15 +1,31 @@
 """The programs in benchmarks/ run; what they measure is not tested here."""
 
 import json
+import platform
+import re
+import shutil
+import subprocess
 
 import numpy as np
+import pytest
 import torch
 from model2vec import StaticModel
 
 from benchmarks import families, frontier, image_speed, speed
+from benchmarks.machine import processor_name
 from conftest import WORDS
 from gaml_hf import GamlAutoConfig, GamlAutoModelForSequenceClassification
 from gaml_hf.hub import save_checkpoint
+
+
+@pytest.mark.skipif(
+    shutil.which("lscpu") is None or platform.machine() != "x86_64", reason="lscpu on an x86-64 processor is needed"
+)
+def test_the_processor_is_the_one_that_lscpu_names():
+    printed = subprocess.run(
+        [shutil.which("lscpu")], env={"LC_ALL": "C"}, capture_output=True, check=True, text=True
+    ).stdout
+    assert re.search(r"^\s*Model name:\s*(.*?)\s*$", printed, re.MULTILINE).group(1) == processor_name()
 
 
 def test_speed(tmp_path, capsys):
