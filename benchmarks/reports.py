@@ -530,7 +530,7 @@ def fig3(results: Results, folder: Path) -> str:
 
 
 def fig4(results: Results, folder: Path) -> str:
-    """Depth-score curves, means over seeds, and BERT at full depth."""
+    """Depth-score curves, means over seeds, and plain fine-tuning at full depth."""
     lines = []
     for task in tasks_of(results):
         curves = {}

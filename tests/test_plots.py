@@ -67,11 +67,11 @@ def test_depth_score_shows_the_curves(tmp_path, drawn):
     shown = lines(drawn[0])
     assert shown["GAML-BERT"] == ([1, 2, 3, 4], [0.5, 0.7, 0.9, 0.8])
     assert shown["ML-BERT"] == ([2, 4], [0.4, 0.6])  # in the order of the layers
-    assert shown["BERT (plain fine-tuning)"][1] == [0.75, 0.75]
+    assert shown["plain fine-tuning, all layers"][1] == [0.75, 0.75]
     axes = drawn[0].axes[0]
     assert list(axes.get_xticks()) == [1, 2, 3, 4]
     assert axes.get_ylabel() == "matthews_correlation"
-    assert legend(drawn[0]) == ["GAML-BERT", "ML-BERT", "BERT (plain fine-tuning)"]
+    assert legend(drawn[0]) == ["GAML-BERT", "ML-BERT", "plain fine-tuning, all layers"]
 
 
 def test_overthinking_marks_the_best_exit(tmp_path, drawn):

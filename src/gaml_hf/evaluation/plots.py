@@ -39,7 +39,7 @@ def depth_score(
         curves (`dict[str, dict[int, float]]`): by name, the score of each exit layer, from 1.
         metric_name (`str`): label of the y axis.
         path (`str` or `Path`): the PNG to write; its folder is made.
-        baseline (`float`, *optional*): score of plain BERT, a dashed line.
+        baseline (`float`, *optional*): score of the same encoder with one exit at its end, a dashed line.
         title (`str`, *optional*): of the figure.
         mark_best (`bool`, *optional*, defaults to `False`): mark each curve's best exit (the shallowest among equals).
     """
@@ -52,7 +52,7 @@ def depth_score(
         if mark_best:
             axes.plot(best, scores[best], "o", ms=13, mfc="none", mew=1.6, color=_color(position))
     if baseline is not None:
-        axes.axhline(baseline, color="0.4", ls="--", lw=1.2, label="BERT (plain fine-tuning)")
+        axes.axhline(baseline, color="0.4", ls="--", lw=1.2, label="plain fine-tuning, all layers")
     layers = sorted({m for scores in curves.values() for m in scores})
     axes.set_xticks(layers)
     axes.set_xlim(min(layers) - 0.5, max(layers) + 0.5)
