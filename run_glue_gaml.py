@@ -272,6 +272,7 @@ def main(argv: list[str] | None = None) -> dict:
             for checkpoint in old_checkpoints:  # or a resume could take one of the old run
                 shutil.rmtree(checkpoint)
         run |= train(trainer, resume)
+    script.leave_autocast(trainer)
     is_chosen = holdout_rows is not None and (gaml_args.policy_is_open or gaml_args.calibrate_exits)
     if is_chosen:
         run |= choose_policy(trainer, holdout_rows, promise_rows, score, main_metric, gaml_args)
@@ -457,13 +458,14 @@ def evaluate_splits(
     }
 
     def evaluate(part: Dataset) -> dict:
+        lengths = [sum(mask) for mask in part["attention_mask"]]
         return script.evaluate(
             trainer,
             part,
             score,
             main_metric,
             gaml_args.latency_rows,
-            flops=lambda exit_layer: flops_speed_up(trainer.model, exit_layer, [len(x) for x in part["input_ids"]]),
+            flops=lambda exit_layer: flops_speed_up(trainer.model, exit_layer, lengths),
             rows_of=lambda part, numbers: part.select(numbers).to_list(),
         )
 

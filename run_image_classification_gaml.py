@@ -174,7 +174,7 @@ def main(argv: list[str] | None = None) -> dict:
         model = model.to(memory_format=torch.channels_last)
     rows = read_images(sources, model.config, processor)
     if training_args.do_eval and "validation" not in rows:
-        part = rows["train"].shuffle(seed=training_args.data_seed or training_args.seed)
+        part = rows["train"].shuffle(seed=script.seed_of_rows(training_args))
         count = max(1, round(len(part) * data_args.train_val_split))
         rows["validation"], rows["train"] = part.select(range(count)), part.select(range(count, len(part)))
     train_rows, holdout_rows, promise_rows = script.set_aside(
@@ -201,6 +201,7 @@ def main(argv: list[str] | None = None) -> dict:
             for checkpoint in old_checkpoints:  # or a resume could take one of the old run
                 shutil.rmtree(checkpoint)
         run |= script.train(trainer, resume)
+    script.leave_autocast(trainer)
     is_chosen = holdout_rows is not None and (gaml_args.policy_is_open or gaml_args.calibrate_exits)
     if is_chosen:
         run |= script.choose_policy(trainer, holdout_rows, promise_rows, accuracy, "accuracy", gaml_args)
@@ -209,7 +210,7 @@ def main(argv: list[str] | None = None) -> dict:
     if training_args.do_eval:
         part = rows["validation"]
         if data_args.max_eval_samples is not None:  # of a folder, the first images are all of one class
-            part = part.shuffle(seed=training_args.data_seed or training_args.seed)
+            part = part.shuffle(seed=script.seed_of_rows(training_args))
         part = script.first(part, data_args.max_eval_samples)
         run["evaluation"] = script.evaluate_splits(
             trainer, {"validation": ("eval", part)}, lambda part: evaluate(trainer, part, gaml_args), "accuracy"

@@ -449,6 +449,33 @@ def test_latency_speed_up_pads_rows_as_they_are(build, rows):
             assert mask.tolist() == [1] * length + [0] * (len(ids) - length)
 
 
+def test_latency_speed_up_cuts_padding_off(build, rows):
+    model, seen = build(), []
+    model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    pad = [0] * 9
+    padded = [
+        {name: row[name] + pad for name in ("input_ids", "token_type_ids")}
+        | {"attention_mask": [1] * len(row["input_ids"]) + pad}
+        for row in rows
+    ]
+    for part in (rows, padded):
+        latency_speed_up(model, part, batch_size=2, repeats=1)
+    plain, cut = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+    for one, other in zip(plain, cut, strict=True):
+        assert all(one[name].equal(other[name]) for name in ("input_ids", "attention_mask", "token_type_ids"))
+
+
+def test_latency_speed_up_of_a_model_that_was_trained_under_autocast(build, rows, tmp_path):
+    """Accelerate puts a `forward` of its own on the model: plain BERT is timed with its own all the same."""
+    model, calls = build(exit_strategy="budgeted", budgeted_exit=1), {1: 0, 4: 0}
+    for m in calls:
+        model.exit_classifiers[str(m)].register_forward_hook(lambda *_, m=m: calls.update({m: calls[m] + 1}))
+    arguments = TrainingArguments(str(tmp_path), bf16=True, use_cpu=True, dataloader_pin_memory=False)
+    Trainer(model, arguments).accelerator.prepare_model(model)
+    latency_speed_up(model, rows, repeats=1)
+    assert calls == {1: 2 * len(rows), 4: 2 * len(rows)}
+
+
 def test_latency_speed_up_leaves_the_model_as_it_was(build, rows):
     model = build(exit_strategy="patience", patience=1).train()
     model.dropout.eval()  # a mixture of modes must survive as well

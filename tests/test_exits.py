@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import tensor
 from torch.nn import functional as F
 from torch.testing import assert_close
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, EarlyStoppingCallback, TrainerCallback
 
 from gaml_hf import PAPER_LETTER, GamlBertConfig, GamlBertForSequenceClassification
 from gaml_hf.evaluation import one_class_exits, warn_of_one_class
@@ -229,6 +229,77 @@ def test_mixed_training_begins_with_the_last_exit_alone(tmp_path, mode):
             assert exits == set(range(1, LAYERS + 1))
             expected = sum(w * x for w, x in zip(EXIT_WEIGHTS, ce, strict=True))
             assert losses[step] == approx((1 - ALPHA) * expected + ALPHA * kd, rel=1e-4)
+
+
+def test_mixed_training_leaves_a_step_to_every_exit(tmp_path):
+    """Nine tenths of four steps, rounded up, would be all of them."""
+    model = make_model(ga_mode="none", mixed_training=0.9)
+    before = model.exit_classifiers["1"].weight.clone()
+    make_trainer(tmp_path, model, max_steps=4).train()
+    assert not model.last_exit_alone
+    assert not model.exit_classifiers["1"].weight.equal(before)
+
+
+def test_while_the_last_exit_learns_alone_nothing_is_best_and_nobody_loses_patience(tmp_path):
+    """A score that falls with each evaluation: what came before the other exits learned is not looked at."""
+    scores = iter(range(100, 0, -1))
+    more = {
+        "eval_dataset": Rows(),
+        "compute_metrics": lambda prediction: {"score": next(scores)},
+        "callbacks": [EarlyStoppingCallback(early_stopping_patience=2)],
+    }
+    every_step = {
+        f"{kind}_{name}": value for kind in ("eval", "save") for name, value in (("strategy", "steps"), ("steps", 1))
+    }
+    best = {"metric_for_best_model": "score", "greater_is_better": True, "load_best_model_at_end": True}
+    model = make_model(ga_mode="none", mixed_training=0.5)
+    before = model.exit_classifiers["1"].weight.clone()
+    trainer = make_trainer(tmp_path, model, more=more, max_steps=12, **every_step, **best)
+    trainer.train()
+    # Six evaluations alone, the best at once, and two more that are no better.
+    assert (trainer.state.best_global_step, trainer.state.best_metric, trainer.state.global_step) == (7, 94, 9)
+    assert not model.exit_classifiers["1"].weight.equal(before)
+
+
+def test_a_training_that_ends_before_all_exits_learned_says_so(tmp_path, caplog):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 2
+
+    trainer = make_trainer(tmp_path, make_model(ga_mode="none", mixed_training=0.5), max_steps=6)
+    trainer.add_callback(Stop())
+    trainer.train()
+    assert "ended at step 2 of 6, where `mixed_training=0.5` still had the last exit learn alone" in caplog.text
+
+
+def test_the_first_aligned_step_of_mixed_training_weighs_its_rows(tmp_path):
+    """Rows in micro-batches of 4 and 1: in each step with alignment, the first too, 4/5 and 1/5 of the sum."""
+    trainer = make_trainer(
+        tmp_path,
+        make_model(mixed_training=0.5),
+        rows=5,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        max_steps=4,
+    )
+    given, take = [], trainer.get_batch_samples
+
+    def remember(*args):
+        batches = take(*args)
+        given.append([float(weight) for weight in trainer._row_weights])
+        return batches
+
+    trainer.get_batch_samples = remember
+    trainer.train()
+    assert given == [[], [], [approx(1.6), approx(0.4)], [approx(1.6), approx(0.4)]]
+
+
+def test_what_the_layers_make_of_broken_weights_is_named(tmp_path):
+    model = make_model(ga_mode="none", **LEARNING)
+    with torch.no_grad():
+        model.bert.encoder.layer[1].output.dense.bias[0] = math.nan
+    with raises(FloatingPointError, match="Training did not start: layer 2 of the model makes numbers that are not"):
+        make_trainer(tmp_path, model).train()
 
 
 @mark.parametrize("new", [True, False])

@@ -359,7 +359,8 @@ def test_calibration_is_for_inference_alone(make, batch):
     expected = raw / tensor([2, 1.0, 0.5, 4.0])[:, None]
     assert_close(model(**batch, output_exit_logits=True).exit_logits, expected)
     assert_close(model(**batch, exit_policy=Budgeted(3)).logits, expected[:, 2])
-    assert_close(model.train()(**batch).exit_logits, plain.train()(**batch).exit_logits, rtol=0, atol=0)
+    model.train().config.exit_temperatures = [2, 1.0, 0.5, 4.0]
+    assert_close(model(**batch).exit_logits, plain.train()(**batch).exit_logits, rtol=0, atol=0)
 
 
 # ------------------------------------------------------------------------------------------------- training and output
@@ -665,6 +666,45 @@ def test_more_than_the_checkpoint_holds_is_an_error(make, bert_kwargs, tmp_path)
         GamlBertForSequenceClassification.from_pretrained(tmp_path / "bert", num_hidden_layers=6)
 
 
+@mark.parametrize(("field", "trained", "other"), [("exit_pooling", "mean", "cls"), ("exit_norm", "layer", "none")])
+def test_exits_that_read_something_else_than_they_learned(make, bert_kwargs, tmp_path, caplog, field, trained, other):
+    make(**{field: trained}).save_pretrained(tmp_path / "gaml")
+    BertModel(BertConfig(**bert_kwargs)).save_pretrained(tmp_path / "bert")
+    for name, value in (("gaml", trained), ("bert", other), ("bert", trained)):
+        GamlBertForSequenceClassification.from_pretrained(tmp_path / name, **{field: value})
+    assert "learned with" not in caplog.text
+    GamlBertForSequenceClassification.from_pretrained(tmp_path / "gaml", **{field: other})
+    assert f"The exits of this checkpoint learned with `{field}={trained!r}`" in caplog.text
+    assert f"Got `{field}={other!r}`" in caplog.text
+
+
+def test_save_pretrained_takes_its_arguments_by_position_too(make, tmp_path):
+    make().save_pretrained(tmp_path / "main", True)
+    assert GamlBertForSequenceClassification.from_pretrained(tmp_path / "main")
+    make().save_pretrained(tmp_path / "other", False)
+    assert not (tmp_path / "other" / "config.json").exists()
+
+
+def test_a_training_drops_the_temperatures_of_the_weights_before_it(make, caplog):
+    model = make(exit_temperatures=[2.0, 1.0, 0.5, 1.5])
+    model.eval()
+    assert model.config.exit_temperatures
+    model.train()
+    assert model.config.exit_temperatures is None
+    assert "`exit_temperatures` were fitted to the weights as they were before this training" in caplog.text
+
+
+@each_exit
+@mark.parametrize(("policy", "asked"), [(FullDepth(), [4]), (Budgeted(2), [2]), (Budgeted(9), [4])], ids=str)
+def test_where_the_depth_is_fixed_one_exit_is_asked(make, batch, exits, policy, asked):
+    model, calls = make(**EXITS[exits]).eval(), []
+    expected = model(**batch, exit_policy=policy, output_exit_logits=True)
+    for m, classifier in model.exit_classifiers.items():
+        classifier.register_forward_hook(lambda *_, m=m: calls.append(int(m)))
+    assert_same(model(**batch, exit_policy=policy), expected)
+    assert calls == asked
+
+
 def test_what_from_pretrained_refuses(make, tmp_path):
     make().save_pretrained(tmp_path / "gaml")
     RobertaConfig().save_pretrained(tmp_path / "roberta")
@@ -741,6 +781,19 @@ IDS = torch.full((2, 6), 7)
             "`input_ids` must lie between 0 and 48 (`vocab_size` of the model is 49). Row 0 holds 106.",
         ),
         ({"input_ids": IDS * tensor([[1], [-1]])}, "Row 1 holds -7."),
+        ({"input_ids": IDS.tolist()}, "`input_ids` must be a tensor. Got list."),
+        ({"input_ids": IDS, "labels": [0, 1]}, "`labels` must be a tensor. Got list."),
+        ({"input_ids": IDS.float()}, "`input_ids` must be of type torch.int64 or torch.int32. Got torch.float32."),
+        ({"input_ids": IDS, "token_type_ids": IDS * 0.0}, "`token_type_ids` must be of type torch.int64"),
+        ({"input_ids": IDS, "position_ids": IDS[:, :5]}, "`position_ids` must have shape (2, 6), as `input_ids`."),
+        (
+            {"input_ids": IDS, "position_ids": IDS * 10},
+            "`position_ids` must lie between 0 and 63 (`max_position_embeddings` of the model is 64). Row 0 holds 70.",
+        ),
+        (
+            {"inputs_embeds": torch.zeros(2, 6, 31)},
+            "`inputs_embeds` must have 32 numbers for each token, as the model's embeddings. Got 31.",
+        ),
         (
             {"input_ids": IDS, "attention_mask": torch.ones(2, 5)},
             "`attention_mask` must have shape (2, 6), as `input_ids`.",
@@ -778,6 +831,12 @@ IDS = torch.full((2, 6), 7)
 def test_bad_inputs(inputs, message, training, make):
     with raises(ValueError, match=re.escape(message)):
         make(vocab_size=49, attn_implementation="sdpa").train(training)(**inputs)
+
+
+@mark.parametrize("outputs", [{}, {"output_exit_logits": True}])
+def test_a_policy_that_is_a_name(make, outputs):
+    with raises(ValueError, match=r"`exit_policy` must be an ExitPolicy, such as `Patience\(6\)`;.* Got 'patience'"):
+        make()(input_ids=IDS, exit_policy="patience", **outputs)
 
 
 def test_an_unknown_keyword_is_refused(make):

@@ -162,6 +162,67 @@ def test_balanced_class_weights():
         script.balanced_class_weights(labels, ["a", "b", "c", "d"])
 
 
+@fixture
+def decided(folder, files):
+    """Words that score `folder`, whose texts differ in class and in exit."""
+    model = GamlBertForSequenceClassification.from_pretrained(folder)
+    model.config.id2label = dict(enumerate(["negative", "positive", "neutral"]))
+    model.config.label2id = {label: k for k, label in model.config.id2label.items()}
+    model.config.exit_strategy, model.config.exit_threshold = "entropy", 0.3
+    model.save_pretrained(folder)
+    words = f"--model_name_or_path {folder} --do_eval --use_cpu True --report_to none --latency_rows 0"
+    return [*words.split(), *with_files(files, "validation"), "--dataloader_pin_memory", "False"]
+
+
+@mark.parametrize("words", [["--bf16"], ["--pad_to_max_length", "True"]], ids=str)
+def test_scores_and_speeds_are_those_of_the_checkpoint(decided, tmp_path, words):
+    """Whoever loads it has neither the training's autocast nor its padding."""
+    runs = [run_glue_gaml.main([*decided, *more, "--output_dir", str(tmp_path / "o")]) for more in ([], words)]
+    plain, other = (run["evaluation"]["validation"] for run in runs)
+    assert 1 < plain["policy"]["flops_speed_up"] < 4
+    assert other["policy"] == approx(plain["policy"])
+    assert other["exits"] == plain["exits"]
+
+
+def test_rows_are_drawn_by_data_seed_where_it_is_0_too():
+    rows = Dataset.from_dict({"row": list(range(50))})
+
+    def held_out(**seeds):
+        arguments = script.GamlTrainingArguments("out", use_cpu=True, dataloader_pin_memory=False, **seeds)
+        return script.set_aside(rows, None, script.GamlArguments(), arguments)[1]["row"][:]
+
+    assert held_out(data_seed=0, seed=1) == held_out(data_seed=0, seed=2) == held_out(seed=0)
+    assert held_out(seed=1) != held_out(seed=2)
+
+
+def test_an_encoder_that_was_a_regressor(common, backbone, files):
+    """A cross-encoder, say: its head of one number is not taken over, and the classes are the data's."""
+    path = Path(backbone, "config.json")
+    regressor = {"problem_type": "regression", "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | regressor))
+    words = [*common, *with_files(files, "train"), "--do_train", "--max_steps", "1", "--exit_strategy", "none"]
+    config = run_glue_gaml.main(words)["config"]
+    assert config["id2label"] == {0: "negative", 1: "positive"}
+    assert config["problem_type"] is None
+
+
+def test_a_list_of_pairs_that_is_not_json(common, files):
+    words = [*common, *with_files(files, "train"), "--do_train", "--distillation", "[[1,2]"]
+    with raises(
+        ValueError, match=r"`distillation` must be mutual, .* such as .* Got \[\[1,2\], where JSON says: Expecting"
+    ):
+        run_glue_gaml.main(words)
+
+
+def test_of_a_command_the_secrets_alone_are_hidden():
+    words = "--hub_token hf_1 --token=hf_2 --push_to_hub_token hf_3 --tokenizer_name own --split_special_tokens False"
+    shown = script.shown_command(words.split(), "run.py")
+    assert shown == (
+        "python run.py --hub_token ... --token=... --push_to_hub_token ... --tokenizer_name own "
+        "--split_special_tokens False"
+    )
+
+
 def test_rows_of_a_file_stay_in_their_order(common, tokenizer, bert_kwargs, tmp_path):
     """Whatever order the training wants: predictions, and lengths for the speed-up in FLOPs, are of their own rows."""
     random = np.random.default_rng(0)

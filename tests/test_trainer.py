@@ -601,6 +601,22 @@ def test_refused_at_the_start_of_training(tmp_path, name):
     trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
 
 
+def test_a_growing_temperature_is_refused_where_copies_of_the_model_are_trained(tmp_path):
+    trainer = make_trainer(tmp_path, make_model(ga_mode="none", kd_temperature_growth=1.05))
+    trainer.args._n_gpu = 2
+    with raises(ValueError, match="`kd_temperature_growth` above 1 does not work with nn.DataParallel.*and 2 GPUs"):
+        trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
+
+
+def test_an_encoder_with_weights_of_whole_numbers(tmp_path):
+    """As a quantized one has, frozen, beside what is trained."""
+    model = make_model(ga_mode="none")
+    model.bert.register_parameter("packed", torch.nn.Parameter(torch.ones(4, dtype=torch.uint8), requires_grad=False))
+    trainer = make_trainer(tmp_path, model)
+    trainer.train()
+    assert trainer.state.global_step == STEPS
+
+
 @mark.parametrize(
     ("name", "changes"),
     [

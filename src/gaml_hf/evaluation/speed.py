@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from gaml_hf.models.exiting_gaml import ExitPolicy, FullDepth, policy_from_config
+from gaml_hf.models.exiting_gaml import ExitPolicy, FullDepth, policy_for_call
 
 from .checks import check_exit_layer
 
@@ -141,9 +141,9 @@ def latency_speed_up(
 
     Args:
         model ([`GamlBertForSequenceClassification`]): on the device and in the dtype to measure. Left as it was.
-        rows (`list[dict]`): tokenized texts without padding, with `input_ids` and, if the task has them,
-            `token_type_ids`; other columns are ignored. Batched in this order, padded on the right. Or images, with
-            `pixel_values` of one size.
+        rows (`list[dict]`): tokenized texts, with `input_ids` and, if the task has them, `token_type_ids`; padding,
+            which `attention_mask` tells, is cut off, and other columns are ignored. Batched in this order, padded on
+            the right. Or images, with `pixel_values` of one size.
         exit_policy ([`ExitPolicy`], *optional*): defaults to the config's.
         batch_size (`int`, *optional*, defaults to 1): rows that run together; 1 is the paper's setting.
         repeats (`int`, *optional*, defaults to 7): rounds, from 1.
@@ -159,7 +159,7 @@ def latency_speed_up(
     runs = {
         # All exits, of which there is one: the stock layers, padded, without our engine's savings.
         "full_depth": (_without_early_exits(model), {"exit_policy": FullDepth(), "output_exit_logits": True}),
-        "exiting": (model, {"exit_policy": exit_policy or policy_from_config(model.config)}),
+        "exiting": (model, {"exit_policy": policy_for_call(exit_policy, model.config)}),
     }
     seconds = {name: [] for name in runs}
     was_training = [module for module in model.modules() if module.training]
@@ -214,6 +214,7 @@ def _without_early_exits(model: PreTrainedModel) -> PreTrainedModel:
         config.exit_temperatures = config.exit_temperatures[-1:]
     config.exit_layers = config.exit_layers[-1:]
     plain = copy.copy(model)  # shares every module
+    vars(plain).pop("forward", None)  # accelerate's, with autocast in it, is bound to the original
     plain.config = config
     return plain
 
@@ -229,12 +230,23 @@ def _seconds(model: PreTrainedModel, options: Mapping[str, Any], batches: list[d
     return time.perf_counter() - start
 
 
+def without_padding(row: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Ids of the tokens of a text, and their types, where its `attention_mask` is not 0."""
+    mask = row.get("attention_mask", [1] * len(row["input_ids"]))
+    return {
+        name: [value for value, kept in zip(row[name], mask, strict=True) if kept]
+        for name in ("input_ids", "token_type_ids")
+        if name in row
+    }
+
+
 def _batch(rows: Sequence[Mapping[str, Any]], model: PreTrainedModel) -> dict[str, Tensor]:
     """One batch, of texts padded on the right, on the model's device; images in its type."""
     device = model.device
     if "pixel_values" in rows[0]:
         return {"pixel_values": torch.stack([row["pixel_values"] for row in rows]).to(device, model.dtype)}
     pad_token_id = model.config.pad_token_id
+    rows = [without_padding(row) for row in rows]
     input_ids = [torch.as_tensor(row["input_ids"]) for row in rows]
     batch = {
         "input_ids": pad_sequence(input_ids, batch_first=True, padding_value=pad_token_id or 0),

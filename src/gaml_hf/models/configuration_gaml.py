@@ -243,8 +243,13 @@ class GamlConfigMixin:
                 f"`{pretrained_model_name_or_path}` holds a model of type `{model_type}`; "
                 f"`Gaml{cls.auto_class}` finds the class for it, where there is one."
             )
-        if model_type != cls.model_type:  # else the config would go on calling itself "bert"
-            config_dict = {key: value for key, value in config_dict.items() if key != "model_type"}
+        if model_type != cls.model_type:
+            gone = {"model_type"}  # or the config would go on calling itself "bert"
+            # Its head is not taken over, and what it was for is no matter: regression, say, with its one label.
+            gone.add("problem_type")
+            if config_dict.get("num_labels", len(config_dict.get("id2label") or (0, 1))) < 2:
+                gone |= {"num_labels", "id2label", "label2id"}
+            config_dict = {key: value for key, value in config_dict.items() if key not in gone}
         elif "exit_pooling" not in config_dict:  # of a time when every exit read [CLS], as it is
             config_dict = {**config_dict, "exit_pooling": "cls"}
         return config_dict, kwargs
@@ -268,6 +273,13 @@ class GamlConfigMixin:
         refuse_misspelt(kwargs, cls)
         kwargs = {cls.attribute_map.get(key, key): value for key, value in kwargs.items()}
         known = {field.name for field in fields(cls)} & kwargs.keys() - {"dtype"}
+        if cls.model_class_name() in (config_dict.get("architectures") or ()):  # its exits are trained
+            for name in known & {"exit_pooling", "exit_norm"}:
+                if kwargs[name] != (stored := config_dict.get(name, getattr(cls, name))):
+                    logger.warning(
+                        f"The exits of this checkpoint learned with `{name}={stored!r}`. Train them anew before you "
+                        f"trust their answers: they now read something else. Got `{name}={kwargs[name]!r}`."
+                    )
         return super().from_dict(
             {**config_dict, **{key: kwargs[key] for key in known}},
             **{key: value for key, value in kwargs.items() if key not in known},

@@ -74,7 +74,7 @@ class ExitPolicy:
 
     def fixed_exit(self, num_exits: int) -> int | None:
         """
-        Where a graph without decisions, traced or exported, may stop.
+        Where every row leaves: one exit is asked, and nothing is decided. A graph, traced or exported, needs that.
 
         Args:
             num_exits (`int`): of the model.
@@ -119,8 +119,8 @@ class FullDepth(ExitPolicy):
 
     may_exit = should_exit
 
-    def fixed_exit(self, num_exits: int) -> int:
-        return num_exits - 1
+    def fixed_exit(self, num_exits: int) -> int | None:
+        return num_exits - 1 if type(self).should_exit is FullDepth.should_exit else None  # not a subclass's
 
 
 @register
@@ -156,7 +156,9 @@ class Budgeted(ExitPolicy):
         leave = exit_logits.shape[1] + 1 >= self.num_exits
         return torch.full(exit_logits.shape[:1], leave, dtype=torch.bool, device=exit_logits.device)
 
-    def fixed_exit(self, num_exits: int) -> int:
+    def fixed_exit(self, num_exits: int) -> int | None:
+        if type(self).should_exit is not Budgeted.should_exit:  # but a subclass's
+            return None
         return min(self.num_exits, num_exits) - 1
 
 
@@ -278,6 +280,23 @@ def policy_from_config(config: Any) -> ExitPolicy:
         ValueError: the strategy is unknown, or a field it reads is missing or out of range.
     """
     return policy_class(config.exit_strategy).from_config(config)
+
+
+def policy_for_call(exit_policy: ExitPolicy | None, config: Any) -> ExitPolicy:
+    """
+    The policy of one call: its own, or where it gives none the config's.
+
+    Raises:
+        ValueError: it is no policy, or the config has none that is valid.
+    """
+    if exit_policy is None:
+        return policy_from_config(config)
+    if not hasattr(exit_policy, "replay"):  # not asked for its class, which remote code has twice
+        raise ValueError(
+            "`exit_policy` must be an ExitPolicy, such as `Patience(6)`; a name goes into `exit_strategy` of the "
+            f"config. Got {shown(exit_policy)}."
+        )
+    return exit_policy
 
 
 def policy_class(exit_strategy: str) -> type[ExitPolicy]:

@@ -19,7 +19,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .checksums_gaml import verify_weights, weight_files, write_checksum
 from .configuration_gaml import GamlConfigMixin
-from .exiting_gaml import ExitPolicy, policy_from_config, shown
+from .exiting_gaml import ExitPolicy, policy_for_call, policy_from_config, shown
 from .losses_gaml import cross_entropy_loss, distillation_loss, distillation_pairs, exit_weights, total_loss
 
 
@@ -150,13 +150,13 @@ class ExitsBase:
             _forget_the_old_exits(model.config, name, kwargs)
         return (model, info) if output_loading_info else model
 
-    def save_pretrained(self, save_directory, *args, is_main_process: bool = True, **kwargs):
+    def save_pretrained(self, save_directory, is_main_process: bool = True, *args, **kwargs):
         """
         As [`~transformers.PreTrainedModel.save_pretrained`], with a SHA-256 of its contents inside each weights file,
         which `from_pretrained` verifies. The disk needs room for a weights file twice while this runs. Files that
         `push_to_hub=True` sends from here have no checksum yet; the method `push_to_hub` sends them with it.
         """
-        super().save_pretrained(save_directory, *args, is_main_process=is_main_process, **kwargs)
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         if is_main_process:
             for path in weight_files(save_directory, kwargs.get("variant")):
                 write_checksum(path)
@@ -179,7 +179,7 @@ class ExitsBase:
         need_all |= output_hidden_states or output_attentions
         if not self.training and not need_all and not self._is_watched():
             logits, exit_layer = self._exit_early(
-                hidden_states, attention_mask, exit_policy or policy_from_config(self.config)
+                hidden_states, attention_mask, policy_for_call(exit_policy, self.config)
             )
             return GamlSequenceClassifierOutput(logits=logits, exit_layer=exit_layer)
 
@@ -196,7 +196,7 @@ class ExitsBase:
                     "`output_exit_logits=True`."
                 )
         else:
-            position = (exit_policy or policy_from_config(self.config)).replay(exit_logits)  # (batch_size,)
+            position = policy_for_call(exit_policy, self.config).replay(exit_logits)  # (batch_size,)
             # No `len`, no `arange`: a traced or exported graph would keep the example's number of rows.
             chosen = position[:, None, None].expand(-1, 1, self.config.num_labels)
             logits = exit_logits.gather(1, chosen).squeeze(1)  # (batch_size, num_labels)
@@ -246,6 +246,12 @@ class ExitsBase:
             logger.warning(
                 "`exit_certificate` was made for the weights as they were before this training. It is dropped; "
                 "`gaml_hf.evaluation.certify` makes another."
+            )
+        if mode and self.config.exit_temperatures is not None:
+            self.config.exit_temperatures = None
+            logger.warning(
+                "`exit_temperatures` were fitted to the weights as they were before this training. They are dropped; "
+                "`gaml_hf.evaluation.calibrate` fits others (`--calibrate_exits`)."
             )
         if mode and (sentence := self.untrainable_exits()):  # for stock Trainers; a GamlTrainer refuses
             logger.warning_once(sentence)

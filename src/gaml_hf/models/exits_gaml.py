@@ -116,7 +116,9 @@ class ExitsMixin(ExitsBase, EncoderHooks):
             output_hidden_states = self.config.output_hidden_states
         if output_attentions is None:
             output_attentions = self.config.output_attentions
-        self._check_inputs(input_ids, inputs_embeds, attention_mask, token_type_ids, labels, output_attentions)
+        self._check_inputs(
+            input_ids, inputs_embeds, attention_mask, token_type_ids, position_ids, labels, output_attentions
+        )
         hidden_states = self._embed(
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
@@ -188,7 +190,10 @@ class ExitsMixin(ExitsBase, EncoderHooks):
         if torch.jit.is_tracing() or torch.compiler.is_exporting():
             return self._exit_at_one_layer(hidden_states, attention_mask, policy)
         run_layer, run_cls, run_rest = self._layer_functions
-        last = self.config.num_hidden_layers
+        exits = self.config.exit_layers
+        if (position := policy.fixed_exit(len(exits))) is not None:  # one is asked, and nothing is decided
+            exits = exits[position : position + 1]
+        last = exits[-1]
         batch_size, length, _ = hidden_states.shape
         mask = (
             torch.ones(batch_size, length, dtype=torch.bool) if attention_mask is None else attention_mask.cpu().bool()
@@ -199,9 +204,9 @@ class ExitsMixin(ExitsBase, EncoderHooks):
         left: list[tuple[list[int], Tensor, int]] = []  # rows, their logits, and the layer at which they left
         history = hidden_states.new_empty(batch_size, 0, self.config.num_labels)  # (rows, num_exits_run, num_labels)
         reads_cls = self.config.exit_pooling == "cls"
-        cls_first = reads_cls and bool(policy.may_exit(history).any())
+        cls_first = reads_cls and position is None and bool(policy.may_exit(history).any())
         for m, layer in enumerate(self.encoder_layers, start=1):
-            if m not in self.config.exit_layers:
+            if m not in exits:
                 tokens = run_layer(self, layer, tokens, layout.rows)
                 continue
             if cls_first or (reads_cls and m == last):
@@ -308,7 +313,7 @@ class ExitsMixin(ExitsBase, EncoderHooks):
         return state
 
     def _check_inputs(
-        self, input_ids, inputs_embeds, attention_mask, token_type_ids, labels, output_attentions
+        self, input_ids, inputs_embeds, attention_mask, token_type_ids, position_ids, labels, output_attentions
     ) -> None:
         """One clear error for what would otherwise fail deep inside, or quietly give a wrong answer."""
         if torch.jit.is_tracing():  # a trace keeps no check, and warns of each
@@ -318,6 +323,13 @@ class ExitsMixin(ExitsBase, EncoderHooks):
         inputs, name, dim = (
             (input_ids, "input_ids", 2) if inputs_embeds is None else (inputs_embeds, "inputs_embeds", 3)
         )
+        ids = {"input_ids": input_ids, "token_type_ids": token_type_ids, "position_ids": position_ids}
+        for other_name, other in {**ids, name: inputs, "attention_mask": attention_mask, "labels": labels}.items():
+            if other is not None and not isinstance(other, Tensor):
+                raise ValueError(f"`{other_name}` must be a tensor. Got {type(other).__name__}.")
+        for other_name, other in ids.items():
+            if other is not None and other.dtype not in (torch.int32, torch.int64):
+                raise ValueError(f"`{other_name}` must be of type torch.int64 or torch.int32. Got {other.dtype}.")
         if inputs.dim() != dim or inputs.shape[0] == 0 or inputs.shape[1] == 0:
             raise ValueError(
                 f"`{name}` must have {dim} dimensions, at least one row and at least one token. "
@@ -329,8 +341,14 @@ class ExitsMixin(ExitsBase, EncoderHooks):
                 f"`{name}` must be at most {self.config.max_input_length} tokens long, what the model can read. "
                 f"Got {length}; tokenize with `truncation=True`."
             )
-        for other_name, other in (("attention_mask", attention_mask), ("token_type_ids", token_type_ids)):
-            if other is not None and other.shape != (batch_size, length):
+        if inputs_embeds is not None and inputs.shape[2] != (width := self.get_input_embeddings().embedding_dim):
+            raise ValueError(
+                f"`inputs_embeds` must have {width} numbers for each token, as the model's embeddings. "
+                f"Got {inputs.shape[2]}."
+            )
+        for other_name, other in {"attention_mask": attention_mask, **ids}.items():
+            one_for_all = other_name == "position_ids" and other is not None and other.shape == (1, length)
+            if other is not None and other.shape != (batch_size, length) and not one_for_all:
                 raise ValueError(
                     f"`{other_name}` must have shape {(batch_size, length)}, as `{name}`. Got {tuple(other.shape)}."
                 )
@@ -355,6 +373,9 @@ class ExitsMixin(ExitsBase, EncoderHooks):
             self._check_range(
                 "token_type_ids", token_type_ids, self.config.num_token_types, "the number of token types of the model"
             )
+        if position_ids is not None:
+            bound = self.config.max_position_embeddings
+            self._check_range("position_ids", position_ids, bound, "`max_position_embeddings` of the model")
         if labels is not None:
             self._check_range("labels", labels, self.config.num_labels, "`num_labels` of the model")
         if attention_mask is not None and not attention_mask[:, 0].all():

@@ -22,7 +22,7 @@ from transformers.utils import logging
 from gaml_hf.hub.folders import SEAL, save_tokenizer, staging_folder, why_unsealed, write_seal
 from gaml_hf.models.auto import GamlAutoConfig
 from gaml_hf.models.configuration_gaml import GamlConfigMixin
-from gaml_hf.models.exiting_gaml import Budgeted, ExitPolicy, policy_from_config
+from gaml_hf.models.exiting_gaml import ExitPolicy, policy_for_call
 from gaml_hf.models.exits_base_gaml import GamlSequenceClassifierOutput
 from gaml_hf.models.exits_gaml import ExitsMixin
 
@@ -496,8 +496,8 @@ class GamlOrtModelForSequenceClassification:
         return_dict: bool = True,
     ) -> GamlSequenceClassifierOutput | tuple[Tensor, ...]:
         """As [`ExitsMixin.forward`], for these inputs, which lie on the CPU."""
-        self._check_inputs(input_ids, None, attention_mask, token_type_ids, None, False)
-        policy = exit_policy or policy_from_config(self.config)
+        self._check_inputs(input_ids, None, attention_mask, token_type_ids, None, None, False)
+        policy = policy_for_call(exit_policy, self.config)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         if token_type_ids is None:
@@ -564,8 +564,8 @@ class GamlOrtModelForSequenceClassification:
         exit_layer = np.empty(len(mask), dtype=np.int64)
         history: list[np.ndarray] = []
         last = config.num_hidden_layers
-        if isinstance(policy, Budgeted):  # all rows leave there, which saves the decision too
-            last = config.exit_layers[min(policy.num_exits, config.num_exits) - 1]
+        if (position := policy.fixed_exit(config.num_exits)) is not None:  # all rows leave there: nothing is decided
+            last = config.exit_layers[position]
         for m in range(1, last + 1):
             answer = self._run_layer(m, states, mask, is_last=m == last)
             if answer is None:
@@ -574,6 +574,8 @@ class GamlOrtModelForSequenceClassification:
             logits[rows], exit_layer[rows] = answer, m
             if m == last:
                 break
+            if position is not None:
+                continue
             history.append(answer)
             stay = ~policy(torch.from_numpy(np.stack(history, axis=1))).numpy()
             if not stay.any():

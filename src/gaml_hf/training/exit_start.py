@@ -83,19 +83,19 @@ def warm_start(model: nn.Module, states: Tensor, labels: Tensor, exit_layers: It
     for i, m in enumerate(model.config.exit_layers):
         if exit_layers is not None and m not in exit_layers or (m, "weight") not in parameters:
             continue
-        x = model.scale_exit_state(states[:, i]).double()
+        x = model.scale_exit_state(states[:, i]).cpu().double()  # an Apple GPU has no float64
         mean, variance = x.mean(dim=0), x.var(dim=0, correction=0)
         # Some features of a pre-trained encoder are constant but for rounding, which must not be blown up.
         deviation = (variance + RELATIVE_FLOOR * variance.mean()).sqrt().clamp(min=torch.finfo(x.dtype).tiny)
         fit = LogisticRegression(C=INVERSE_REGULARIZATION, max_iter=500)
-        fit.fit(((x - mean) / deviation).cpu().numpy(), y)
+        fit.fit(((x - mean) / deviation).numpy(), y)
         # Of two classes it has one row, the logit of the second against the first.
         rows = fit.coef_ if len(present) > 2 else np.concatenate([-fit.coef_ / 2, fit.coef_ / 2])
         offsets = fit.intercept_ if len(present) > 2 else np.concatenate([-fit.intercept_ / 2, fit.intercept_ / 2])
         weight = x.new_zeros(model.config.num_labels, x.shape[1])
         bias = x.new_full((model.config.num_labels,), offsets.min() - np.log(len(y)))
-        weight[present] = torch.as_tensor(rows, device=x.device) / deviation
-        bias[present] = torch.as_tensor(offsets, device=x.device) - weight[present] @ mean
+        weight[present] = torch.as_tensor(rows) / deviation
+        bias[present] = torch.as_tensor(offsets) - weight[present] @ mean
         parameters[m, "weight"].copy_(weight)
         parameters[m, "bias"].copy_(bias)
 

@@ -63,6 +63,12 @@ class ExitTrainer(RobustTrainer):
         """The model itself, also where PEFT has put another around it."""
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
+    @property
+    def first_joint_step(self) -> int:
+        """The first step in which all exits learn, from 0; see `mixed_training`. They have one step at least."""
+        share, max_steps = self.model.config.mixed_training, self.state.max_steps
+        return min(math.ceil(share * max_steps), max_steps - 1)
+
     def compute_loss(self, model, inputs, *args, **kwargs):
         return super().compute_loss(model, self._with_smoothing(inputs), *args, **kwargs)
 
@@ -98,6 +104,12 @@ class ExitTrainer(RobustTrainer):
             states, labels = collect_exit_states(
                 model, (self._prepare_inputs(batch) for batch in batches), self.accelerator.gather_for_metrics
             )
+        for m, state in zip(config.exit_layers, states.unbind(1), strict=True):
+            if not state.isfinite().all():
+                raise FloatingPointError(
+                    f"Training did not start: layer {m} of the model makes numbers that are not finite (NaN or "
+                    "infinite) of training rows. Look for broken weights, or for a type too narrow for them (`fp16`)."
+                )
         variation = input_variation(states)
         told = ", ".join(f"{m}: {share:.3g}" for m, share in zip(config.exit_layers, variation, strict=True))
         logger.info(f"How much an exit's input varies from text to text, beside its length: {told}.")
@@ -180,9 +192,20 @@ class ExitTrainer(RobustTrainer):
         students = {student for _, student in distillation_pairs(config.distillation, config.exit_layers)}
         return students | {m for m, weight in zip(config.exit_layers, weights, strict=True) if weight}
 
+    def _determine_best_metric(self, *args, **kwargs) -> bool:
+        # While the last exit learns alone, the others are no better than random: no such model is the best, and with
+        # none to compare with, `EarlyStoppingCallback` does not count.
+        return not self.bare_model.last_exit_alone and super()._determine_best_metric(*args, **kwargs)
+
     def _refuse_unsupported(self) -> None:
         super()._refuse_unsupported()
         config = self.model.config
+        if config.kd_temperature_growth > 1 and self.args.n_gpu > 1:
+            raise ValueError(
+                "`kd_temperature_growth` above 1 does not work with nn.DataParallel, whose copies of the model do not "
+                "tell how sure the last exit is. Use torchrun, or show one GPU only. "
+                f"Got `kd_temperature_growth={config.kd_temperature_growth}` and {self.args.n_gpu} GPUs."
+            )
         if not 0 <= self.args.label_smoothing_factor <= 1:
             raise ValueError(f"`label_smoothing_factor` must lie in [0, 1]. Got {self.args.label_smoothing_factor}.")
         if self.compute_loss_func is not None and (
@@ -212,7 +235,7 @@ class _ExitSchedule(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs: Any):
         trainer, model = self.trainer, self.trainer.bare_model
         model.training_progress = state.global_step / state.max_steps
-        first = math.ceil(model.config.mixed_training * state.max_steps)
+        first = trainer.first_joint_step
         model.last_exit_alone = state.global_step < first
         if model.last_exit_alone:
             return
@@ -229,4 +252,10 @@ class _ExitSchedule(TrainerCallback):
             model.config.kd_temperature *= model.config.kd_temperature_growth
 
     def on_train_end(self, args, state, control, **kwargs: Any):
+        if self.trainer.bare_model.last_exit_alone:
+            logger.warning(
+                f"The training ended at step {state.global_step} of {state.max_steps}, where `mixed_training="
+                f"{self.trainer.model.config.mixed_training}` still had the last exit learn alone: the others are not "
+                "trained."
+            )
         getattr(self.trainer.model, "new_exit_weights", set()).clear()

@@ -104,7 +104,8 @@ class FiniteGuard(TrainerCallback):
 
     def _check(self, args, state, model: Module) -> None:
         trainer = self.trainer
-        weights = get_total_norm([p.detach() for p in model.parameters()])  # finite only if every weight is
+        # Finite only if every weight is. Those of a quantized encoder are whole numbers, and always are.
+        weights = get_total_norm([p.detach() for p in model.parameters() if p.is_floating_point()])
         if hasattr(weights, "full_tensor"):  # a sharded one's
             weights = weights.full_tensor()
         finite = torch.stack(

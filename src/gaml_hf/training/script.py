@@ -170,7 +170,13 @@ class GamlArguments:
 
     def __post_init__(self):
         if self.distillation is not None and self.distillation.lstrip().startswith("["):
-            self.distillation = json.loads(self.distillation)
+            try:
+                self.distillation = json.loads(self.distillation)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    "`distillation` must be mutual, last_to_all, none, or a JSON list of [teacher, student] layers "
+                    f"such as `[[12, 6], [12, 3]]`. Got {self.distillation}, where JSON says: {error}."
+                ) from None
         if self.max_loss is not None:
             if self.target_speed_up is not None:
                 raise ValueError("`target_speed_up` and `max_loss` both choose the exit policy. Give one of them.")
@@ -334,6 +340,11 @@ def first(part: Any, limit: int | None) -> Any:
     return part if limit is None else part.select(range(min(limit, len(part))))
 
 
+def seed_of_rows(training_args: TrainingArguments) -> int:
+    """What rows are drawn by: `data_seed`, 0 as well, else `seed`."""
+    return training_args.seed if training_args.data_seed is None else training_args.data_seed
+
+
 def set_aside(
     rows: Any | None, limit: int | None, gaml_args: GamlArguments, training_args: GamlTrainingArguments
 ) -> tuple[Any | None, Any | None, Any | None]:
@@ -341,7 +352,7 @@ def set_aside(
     train_rows = holdout_rows = promise_rows = None
     if rows is not None:
         # Shuffled before it is cut: the first rows of a sorted file may all be of one class.
-        shuffled = first(rows.shuffle(seed=training_args.data_seed or training_args.seed), limit)
+        shuffled = first(rows.shuffle(seed=seed_of_rows(training_args)), limit)
         num_holdout = round(len(shuffled) * gaml_args.holdout_fraction)
         holdout_rows = shuffled.select(range(num_holdout)) if num_holdout else None
         train_rows = shuffled.select(range(num_holdout, len(shuffled)))
@@ -418,9 +429,9 @@ def describe(
     """What `run.json` tells of any run before a step is made: arguments, versions, machine. No tokens."""
     return {
         "command": shown_command(argv, script),
-        "model_arguments": {key: value for key, value in asdict(model_args).items() if key != "token"},
+        "model_arguments": {key: value for key, value in asdict(model_args).items() if not is_secret(key)},
         "data_arguments": asdict(data_args),
-        "training_arguments": {key: value for key, value in training_args.to_dict().items() if "token" not in key},
+        "training_arguments": {key: value for key, value in training_args.to_dict().items() if not is_secret(key)},
         "versions": {
             "gaml_hf": version("gaml_hf"),
             "torch": torch.__version__,
@@ -448,6 +459,15 @@ def train(trainer: GamlTrainer, resume: str | bool | None) -> dict:
     # The Trainer has told, and logged, a training of no time and a loss of 0.
     log = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
     return run | {"log_history": log} | finished_run(Path(trainer.args.output_dir), trainer.state.global_step)
+
+
+def leave_autocast(trainer: GamlTrainer) -> None:
+    """
+    From here on the model runs in the type of its weights, as everybody will run who loads them: what is chosen,
+    promised, scored and timed is of that, and not of the training's `bf16` or `fp16`.
+    """
+    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    trainer.accelerator.native_amp = False
 
 
 def choose_policy(
@@ -696,13 +716,18 @@ def write_predictions(path: Path, logits: np.ndarray, exit_layer: np.ndarray, la
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def is_secret(name: str) -> bool:
+    """Whether an argument holds an access token: `token`, `hub_token` and the like, and no `tokenizer_name`."""
+    return name == "token" or name.endswith("_token")
+
+
 def shown_command(argv: list[str], script: str) -> str:
     """The command as it may be published: without tokens, and without the folders of this machine."""
     words = []
     for word in argv:
         option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
         name = option if equals else words[-1] if words and words[-1].startswith("--") else ""
-        if value and "token" in name:
+        if value and is_secret(name.lstrip("-").replace("-", "_")):
             value = "..."
         elif os.path.isabs(value):
             value = Path(value).name

@@ -48,10 +48,13 @@ class GamlTrainer(ExitTrainer):
     @property
     def aligns(self) -> bool:
         """Whether steps are aligned: `ga_mode` asks for it, and some exit teaches another."""
+        return self._will_align and not self.bare_model.last_exit_alone
+
+    @property
+    def _will_align(self) -> bool:
+        """The same of a step in which all exits learn."""
         config = self.model.config
-        if config.ga_mode == "none" or self.bare_model.last_exit_alone:
-            return False
-        return bool(distillation_pairs(config.distillation, config.exit_layers))
+        return config.ga_mode != "none" and bool(distillation_pairs(config.distillation, config.exit_layers))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not (model.training and self.aligns):
@@ -94,7 +97,8 @@ class GamlTrainer(ExitTrainer):
         """Called by the stock Trainer for the micro-batches of one step."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._row_weights = []
-        if batches and self.aligns:
+        # Called before `on_step_begin`, which tells the model that all exits learn now.
+        if batches and self._will_align and self.state.global_step >= self.first_joint_step:
             rows = [find_batch_size(batch) for batch in batches]
             own = self._rows_of_its_own(rows[-1])
             if own < rows[-1]:
