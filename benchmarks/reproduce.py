@@ -229,10 +229,14 @@ def backbone_name(options: argparse.Namespace) -> str:
 def winner(task_name: str, system: str, options: argparse.Namespace) -> dict | None:
     """
     The combination with the best mean over folds of the mean over exits, among those with all folds done: of the same
-    encoder and exits.
+    encoder, exits, rows, epochs and whatever else the options say.
     """
     wanted = {"task": task_name, "system": system, "backbone": backbone_name(options)}
     wanted |= {name: EXITS[options.exits].get(name, getattr(Run, name)) for name in LEARNING}
+    wanted |= {
+        name: getattr(options, name) for name in ("epochs", "max_train_rows", "bf16", "early_stopping_patience")
+    }
+    wanted |= {"ga_granularity": options.ga_granularity or Run.ga_granularity}
     scores = defaultdict(list)
     for result in ledger(options.ledger, "*-fold*.json"):
         run = result["run"]
@@ -265,6 +269,14 @@ def seconds_of(run: Run, known: list[dict]) -> float | None:
             rows = statistics.median(result["rows"]["train"] for result in known if result["run"]["task"] == run.task)
             return statistics.mean(rates) * rows * run.epochs
     return None
+
+
+def shard(word: str) -> tuple[int, int]:
+    """`"1/2"` as `(1, 2)`."""
+    index, slash, count = word.partition("/")
+    if not slash or not index.isdecimal() or not count.isdecimal() or not int(index) < int(count):
+        raise argparse.ArgumentTypeError(f"must be such as 0/2 or 1/2. Got {word}.")
+    return int(index), int(count)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -307,7 +319,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument("--max_train_rows", type=int)
     parser.add_argument("--bf16", action="store_true", help="train under bfloat16 autocast")
-    parser.add_argument("--shard", default="0/1", help="i/n: every n-th run, from the i-th")
+    parser.add_argument("--shard", type=shard, default=(0, 1), help="i/n: every n-th run, from the i-th, from 0")
     parser.add_argument("--dry-run", "--dry_run", action="store_true", help="count the runs and estimate the time")
     parser.add_argument("--report", action="store_true", help="train nothing, write the report")
     return parser
@@ -342,8 +354,8 @@ def main(argv: list[str] | None = None) -> None:
     if not runs:
         parser().error(f"{options.experiment} has no run of `--systems {' '.join(options.systems)}`.")
     missing = [run for run in runs if not settings.path(run).exists()]
-    index, count = map(int, options.shard.split("/"))
-    mine = missing[index::count]
+    index, count = options.shard
+    mine = [run for run in runs[index::count] if run in missing]  # the same share, however far the others are
     known = ledger(options.ledger)
 
     def time_left(of: list[Run]) -> str:

@@ -103,6 +103,8 @@ def _wrong_options(options: argparse.Namespace) -> str | None:
         return f"`--{given[0]}` is for a Ray cluster. Got it without `--engine ray`."
     if options.engine == "ray" and options.num_proc != 1:
         return f"`--num_proc` is for one machine; Ray has `--num_actors`. Got `--num_proc {options.num_proc}`."
+    if options.num_threads is not None and options.num_threads < 1:
+        return f"`--num_threads` must be at least 1. Got `--num_threads {options.num_threads}`."
     if options.onnx and options.prepack:
         return "`--prepack` is for a checkpoint; an export is packed when it is loaded. Got it with `--onnx`."
     if (options.onnx or options.prepack) and options.device not in (None, "cpu"):

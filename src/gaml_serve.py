@@ -6,6 +6,7 @@ It stands outside the package because `import gaml_hf` takes seconds: `--help` a
 
 import argparse
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -85,6 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from gaml_hf.runtime.serving import DrainingServer, ServerSettings, make_app
     except ImportError as error:
         parser.error(f"The server needs more packages: `pip install gaml_hf[serve]`. {error}")
+    if (problem := _wrong_address(options.host, options.port)) is not None:
+        parser.error(problem)
     import torch
 
     from gaml_hf.runtime.scoring import ClassifierLoader
@@ -114,6 +117,15 @@ def _wrong_options(options: argparse.Namespace, is_export: bool) -> str | None:
         return f"`--num_threads` must be at least 1. Got `--num_threads {options.num_threads}`."
     if options.admin_token is not None and not options.admin_token.strip():
         return "`--admin_token` must hold more than blanks."
+    return None
+
+
+def _wrong_address(host: str, port: int) -> str | None:
+    """Before the model is loaded, which takes a while: whether the server could listen there."""
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        return f"`--host` and `--port` must be where this machine can listen. Got {host} and {port}: {error}."
     return None
 
 

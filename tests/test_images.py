@@ -353,6 +353,9 @@ def test_one_bad_image_costs_itself_alone(folder, tmp_path):
         classifier(rows)
     with raises(TypeError, match=r"`inputs\[2\]`: an image must be a `PIL.Image`, .* Got None \(NoneType\)"):
         classifier([rows[0], rows[3], None])
+    several = np.zeros((2, 32, 32, 3), dtype=np.uint8)
+    with raises(ValueError, match=r"`inputs\[1\]`: an array or a tensor must be one image, .* Got 4 dimensions"):
+        classifier([rows[0], several])
     answers = classifier(rows, on_error="skip", batch_size=3)
     assert [answer[0]["label"] is None for answer in answers] == [False, True, True, False]
     assert answers[0][0]["label"] == classifier(rows[0])[0]["label"]

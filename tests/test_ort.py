@@ -16,7 +16,9 @@ from torch.testing import assert_close
 
 from gaml_hf import PAPER_LETTER, GamlBertConfig, GamlBertForSequenceClassification, GamlTextClassificationPipeline
 from gaml_hf.hub.folders import SEAL
+from gaml_hf.models.engine_gaml import PrepackedLinear
 from gaml_hf.models.exiting_gaml import Budgeted, Entropy, FullDepth, MaxProb, Patience
+from gaml_hf.models.modeling_gaml_resnet import GamlResNetConfig, GamlResNetForImageClassification
 from gaml_hf.runtime import ort
 from gaml_hf.runtime.ort import GamlOrtModelForSequenceClassification, export_onnx
 
@@ -341,6 +343,15 @@ def test_save_and_load_again_with_the_policy_and_the_tokenizer(model, tokenizer,
     assert (tmp_path / "b" / "tokenizer_config.json").is_file()
     with raises(ValueError, match="must be new"):
         again.save_pretrained(tmp_path / "b")
+
+
+def test_what_cannot_be_exported(model, tmp_path):
+    images = GamlResNetForImageClassification(GamlResNetConfig.cifar(8))
+    with raises(ValueError, match="GamlResNetForImageClassification cannot be exported"):
+        export_onnx(images, tmp_path / "export")
+    model.encoder_layers[0].output.dense = PrepackedLinear(model.encoder_layers[0].output.dense)
+    with raises(ValueError, match=r"are prepacked for PyTorch. Export it before `prepack\(\)`"):
+        export_onnx(model.eval(), tmp_path / "export")
 
 
 def test_an_export_that_fails_leaves_nothing(model, tmp_path, monkeypatch):

@@ -356,14 +356,20 @@ def test_the_grid_and_its_winner(settings, capsys):
     asked[asked.index("--learning_rates") + 1 : asked.index("--learning_rates") + 2] = ["1e-5", "1e-2"]
     reproduce.main(["grid", *asked, "--warmups", "0.5"])
     assert "'learning_rate': 0.01" in capsys.readouterr().out
-    options = parse(words(settings))
+    options = parse(words(settings, "--epochs", "3"))
     options.learning_rates = None
     # The others take it too, but for α, which the multi-exit model does not have.
     found = reproduce.recipe("cola", "ml", options)
     assert (found.learning_rate, found.batch_size, found.warmup_epochs, found.alpha) == (0.01, 8, 0.5, 0.3)
-    # It is the winner of this encoder and these exits: others have Table 7's values.
-    for other in (["--exits", "learning"], ["--backbone", "google-bert/bert-base-uncased"]):
-        others = parse([*words(settings), *other])
+    # It is the winner of this encoder, these exits and these settings: others have Table 7's values.
+    for other in (
+        ["--exits", "learning"],
+        ["--backbone", "google-bert/bert-base-uncased"],
+        ["--epochs", "4"],
+        ["--max_train_rows", "16"],
+        ["--bf16"],
+    ):
+        others = parse([*words(settings, "--epochs", "3"), *other])
         others.learning_rates = None
         found = reproduce.recipe("cola", "ml", others)
         assert (found.learning_rate, found.batch_size, found.warmup_epochs) == (5e-5, 32, 1.2)
@@ -417,6 +423,32 @@ def test_every_system_of_table_2_can_be_run():
 
 def parse(argv: list[str]):
     return reproduce.parser().parse_args(["table2", *argv])
+
+
+def test_shards_are_the_same_runs_however_far_the_others_are(settings, monkeypatch, capsys):
+    done = []
+
+    def perform(run, settings):
+        done.append(run.name)
+        settings.ledger.mkdir(exist_ok=True)
+        settings.path(run).write_text("{}")
+        return {"exit_mean": 0.0, "best_step": 0, "stopped_at_step": 0}
+
+    monkeypatch.setattr(reproduce, "perform", perform)
+    monkeypatch.setattr(reproduce, "ledger", lambda folder, pattern="*.json": [])
+    monkeypatch.setattr(reproduce, "seconds_of", lambda run, known: None)
+    monkeypatch.setattr(reproduce.reports, "write", lambda *_: "")
+    asked = words(settings, "--systems", "multi-exit", "ml", "gaml-soft")
+    for shard in ("0/2", "1/2"):  # the second begins when the first is through
+        reproduce.main(["table2", *asked, "--shard", shard])
+    assert len(done) == len(set(done)) == 6
+
+
+@mark.parametrize("word", ["1", "2/2", "a/b", "-1/2", "0/0"])
+def test_a_shard_that_is_none(word, capsys):
+    with raises(SystemExit):
+        reproduce.parser().parse_args(["table2", "--shard", word])
+    assert f"must be such as 0/2 or 1/2. Got {word}." in capsys.readouterr().err
 
 
 def test_no_run_is_longer_than_needed(tmp_path: Path):

@@ -211,6 +211,18 @@ def test_rows_are_what_the_image_processor_makes(images, processor, tmp_path):
     assert_close(rows[1]["pixel_values"], expected[1])
 
 
+def test_a_class_may_be_a_link(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        draw(0).save(tmp_path / "set" / name / "0.png")
+    (tmp_path / "elsewhere").mkdir()
+    draw(1).save(tmp_path / "elsewhere" / "1.png")
+    (tmp_path / "set" / "c").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (tmp_path / "set" / "a" / "above").symlink_to(tmp_path, target_is_directory=True)  # which leads back here
+    source = ImageSource.from_folder(tmp_path / "set", "train_dir")
+    assert source.names == ["a", "b", "c"]
+
+
 def test_flip_and_crop_by_a_plain_loop():
     images = torch.randint(0, 256, (64, 3, 16, 24), dtype=torch.uint8)
     out = flip_and_crop(images)

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import torch
 from datasets import Dataset, IterableDataset
 from pytest import approx, fixture, mark, raises
+from transformers import BertConfig, BertForSequenceClassification
 
 from gaml_hf import GamlBertForSequenceClassification
 from gaml_hf.runtime import scoring
@@ -406,6 +407,8 @@ print(sorted({{"torch", "transformers", "datasets", "gaml_hf"}} & sys.modules.ke
         (["--max_length", "65"], "`--max_length` must be a whole number between 5 and 64"),
         (["--onnx"], "`--model` must be a folder written by `gaml_hf.runtime.ort.export_onnx`"),
         (["--onnx", "--prepack"], "`--prepack` is for a checkpoint"),
+        (["--num_threads", "0"], "`--num_threads` must be at least 1. Got `--num_threads 0`."),
+        (["--device", "gpu"], "`--device` must be one that PyTorch has here, such as cpu or cuda:0. Got `gpu`: "),
         (["--prepack", "--device", "cuda"], "`--device` must be cpu with `--prepack`. Got `--device cuda`."),
         (["--exit_threshold", "0.5"], "name the strategy you want"),
         (["--on_error", "raise"], "Row 1: `text` must hold more than blanks"),
@@ -421,6 +424,39 @@ def test_errors_of_the_command_line(folder, tmp_path, monkeypatch, capsys, more,
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.csv", "in.txt", "model"]
+
+
+def test_a_plain_checkpoint_is_not_asked(folder, bert_kwargs, tokenizer, tmp_path, monkeypatch, capsys):
+    """Its exits would be new, and answer at random."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "in.csv", ["a good film"])
+    BertForSequenceClassification(BertConfig(**bert_kwargs)).save_pretrained("plain")
+    tokenizer.save_pretrained("plain")
+    with raises(SystemExit) as exit_:
+        command("plain", "in.csv", "out.csv")
+    assert exit_.value.code == 2
+    assert "`--model` must be a checkpoint with exits. Got `plain`, a plain one" in capsys.readouterr().err
+
+
+def test_processes_where_torch_has_had_threads(folder, tmp_path):
+    """They are not forked: a child would wait for threads that it does not have."""
+    write(tmp_path / "in.csv", ["a good film"] * 4)
+    program = tmp_path / "program.py"
+    program.write_text(f"""
+import torch
+from gaml_hf.runtime.scoring import ClassifierLoader, score_file
+
+if __name__ == "__main__":
+    torch.set_num_threads(2)
+    torch.ones(512, 512) @ torch.ones(512, 512)
+    load = ClassifierLoader({str(folder)!r}, False, "cpu", 2)
+    print(score_file("in.csv", "out.jsonl", load, num_proc=2, window=2, progress=False))
+""")
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    done = subprocess.run(
+        [sys.executable, str(program)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert "{'rows': 4, 'skipped': 0}" in done.stdout, done.stderr
 
 
 @mark.parametrize(

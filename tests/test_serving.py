@@ -8,6 +8,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -225,6 +226,20 @@ def test_what_may_wait_runs_when_nothing_else_does():
     assert order == [1, 2, -1, -2]
 
 
+def test_a_batch_that_runs_out_costs_no_other():
+    """A future takes no StopIteration: who waits would never be told, nor anybody after."""
+
+    def run(batch, waiting):
+        return [next(iter(item.value)) for item in batch]
+
+    async def submit(batcher):
+        futures = [batcher.submit(value, 10) for value in ([], [1])]
+        return await asyncio.wait_for(asyncio.gather(*futures, return_exceptions=True), 10)
+
+    (error, answer), _ = batched(run, submit)
+    assert (type(error), answer) == (RuntimeError, 1)
+
+
 def test_a_batch_that_fails_costs_no_other():
     def run(batch, waiting):
         if batch[0].value == "bad":
@@ -335,6 +350,37 @@ def test_folders_of_each_kind(kind, folder, classifier, tmp_path, caplog):
     assert response.json() == [close(answers) for answers in budgeted]
     assert response.headers["x-exit-cap"] == "2"
     assert int(response.headers["x-forced-exits"]) == sum(layer > 2 for layer in free) > 0
+
+
+@mark.parametrize("exits", [{"exit_strategy": "none"}, {"exit_strategy": "budgeted", "budgeted_exit": 3}], ids=str)
+def test_a_fixed_depth_under_the_cap(classifier, exits):
+    """Both kinds of rows leave there; and who asks after them is answered too."""
+
+    async def answers():
+        async with serving(lambda: classifier, slo_ms=60_000, timeout_ms=20_000) as client:
+            client.service.exit_cap.position = 1
+            body = {"inputs": [[text] for text in TEXTS], "parameters": exits}
+            return await client.post("/predict", json=body), await client.post("/predict", json={"inputs": TEXTS[0]})
+
+    capped, after = asyncio.run(answers())
+    expected = [close(classifier(text, top_k=None, exit_strategy="budgeted", budgeted_exit=2)) for text in TEXTS]
+    assert capped.json() == expected
+    assert (capped.headers["x-exit-cap"], int(capped.headers["x-forced-exits"])) == ("2", len(TEXTS))
+    assert after.status_code == 200
+
+
+def test_a_text_that_takes_long_by_itself_moves_no_cap(classifier):
+    """A bound shorter than any forward pass, and nothing else waits; the server's own trial counts as no text."""
+
+    async def ask():
+        async with serving(lambda: classifier, slo_ms=0.001) as client:
+            assert client.service.exit_cap.tokens_per_second is None
+            responses = [await client.post("/predict", json={"inputs": text}) for text in TEXTS]
+            return responses, client.service.exit_cap
+
+    responses, cap = asyncio.run(ask())
+    assert not any("x-exit-cap" in response.headers for response in responses)
+    assert (cap.exit_layer, cap.tokens_per_second > 0) == (4, True)
 
 
 def test_shadow_traffic_counts_the_classes_that_differ_at_full_depth(classifier):
@@ -887,6 +933,27 @@ def test_the_command_serves_and_drains(folder, classifier, monkeypatch):
         assert process.wait(60) == 0
 
 
+@mark.skipif(os.name == "nt", reason="no SIGTERM there")
+def test_a_second_signal_does_not_wait_for_what_is_in_flight(folder, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    body = {"inputs": [[" ".join(TEXTS * 2)]] * 32}
+    options = ("--max_batch_tokens", "64", "--timeout_ms", "300000")
+    with command(folder, *options) as (process, url, lines), httpx.Client(base_url=url, timeout=300) as client:
+        while client.get("/health").status_code != 200:
+            time.sleep(0.02)
+        with ThreadPoolExecutor(32) as pool:
+            in_flight = [pool.submit(client.post, "/predict", json=body) for _ in range(32)]
+            while metric(client.get("/metrics").text, "gaml_requests_in_flight") < 24:
+                assert not all(future.done() for future in in_flight)
+                time.sleep(0.002)
+            process.send_signal(signal.SIGTERM)
+            while client.get("/health").status_code == 200:
+                time.sleep(0.002)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 0
+            assert any(future.exception() is not None or future.result().status_code != 200 for future in in_flight)
+
+
 def test_options_and_settings_have_one_default():
     options = vars(gaml_serve.make_parser().parse_args(["--model", "x"]))
     for field in dataclasses.fields(ServerSettings):
@@ -912,6 +979,14 @@ def test_wrong_options(options, message, folder, capsys):
         gaml_serve.main(["--model", str(folder), *options])
     assert left.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_is_told_before_the_model_is_loaded(folder, capsys):
+    (folder / "model.safetensors").unlink()  # nobody gets that far
+    with socket.create_server(("127.0.0.1", 0)) as taken, raises(SystemExit) as left:
+        gaml_serve.main(["--model", str(folder), "--port", str(taken.getsockname()[1])])
+    assert left.value.code == 2
+    assert "`--host` and `--port` must be where this machine can listen. Got 127.0.0.1 and" in capsys.readouterr().err
 
 
 def test_a_model_that_cannot_be_loaded_is_told_and_the_command_ends(folder, capsys):

@@ -1,7 +1,8 @@
 """Images and classes out of folders and datasets, and the tensors that a model is trained and scored with."""
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,14 @@ BYTES_KEPT = 2**30  # of decoded images of a split; more are decoded each time t
 def cifar_processor() -> ViTImageProcessorPil:
     """What makes tensors of 3 x 32 x 32 of images, for ResNets from scratch."""
     return ViTImageProcessorPil(size={"height": 32, "width": 32}, image_mean=CIFAR_MEAN, image_std=CIFAR_STD)
+
+
+def _files_below(path: Path) -> Iterator[Path]:
+    """All files, in folders that are links too, but for links to a folder that they lie in: those would never end."""
+    for root, folders, names in os.walk(path, followlinks=True):
+        above = {Path(root).resolve(), *Path(root).resolve().parents}
+        folders[:] = [name for name in folders if Path(root, name).resolve() not in above]
+        yield from (file for name in names if (file := Path(root, name)).is_file())
 
 
 class ImageSource:
@@ -72,7 +81,7 @@ class ImageSource:
         path = Path(path)
         if not path.is_dir():
             raise ValueError(f"`{argument}` must be a folder of images. Got `{path}`, which is not there.")
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+        files = sorted(file for file in _files_below(path) if file.suffix.lower() in SUFFIXES)
         if not files:
             raise ValueError(f"`{argument}` must hold images ({', '.join(SUFFIXES)}). Got `{path}`, which has none.")
         names = None

@@ -11,7 +11,8 @@ import platform
 import re
 import shutil
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
@@ -19,6 +20,12 @@ from tokenizers import Tokenizer
 from transformers.utils import logging
 
 from gaml_hf.models.checksums_gaml import verify_checksum, weight_files
+
+
+try:
+    import fcntl
+except ImportError:  # Windows, where a folder cannot be locked
+    fcntl = None
 
 
 logger = logging.get_logger(__name__)
@@ -30,22 +37,46 @@ STATE = re.compile(r"optimizer\.pt|scheduler\.pt|scaler\.pt|rng_state(_\d+)?\.pt
 # Saves
 
 
-def staging_folder(beside: Path) -> Path:
+@contextmanager
+def staging_folder(beside: Path) -> Iterator[Path]:
     """
-    A new hidden folder in `beside`, to be renamed when it is whole. Those of killed saves, which could not clean up
-    after themselves, are deleted: their names tell the machine and the process, and the process is gone.
+    A new hidden folder in `beside`, to be renamed when it is whole; what is left of it at the end is deleted.
+
+    So are those of killed saves, which could not clean up after themselves: their names tell this machine, and nobody
+    holds them open with a lock, which a process of another container does as well.
     """
-    if os.name == "posix":  # elsewhere a look at a process would end it
-        for path in beside.glob(f".saving-{glob.escape(platform.node())}-*-*"):
-            try:
-                os.kill(int(path.name.split("-")[-2]), 0)  # no signal, a look
-            except ProcessLookupError:
+    if fcntl is not None:
+        for path in beside.glob(f".saving-{glob.escape(platform.node())}-*"):
+            if (lock := _lock(path)) is not None:
                 shutil.rmtree(path, ignore_errors=True)
-            except (OSError, ValueError):  # somebody else's, and alive; or not one of these
-                pass
-    stage = beside / f".saving-{platform.node()}-{os.getpid()}-{uuid4().hex}"
-    stage.mkdir(parents=True)
-    return stage
+                os.close(lock)
+    # Locked under another name: under its own it could be taken for one that a killed save has left.
+    name = uuid4().hex
+    stage, new = beside / f".saving-{platform.node()}-{name}", beside / f".saving-new-{name}"
+    new.mkdir(parents=True)
+    lock = _lock(new)
+    try:
+        new.rename(stage)
+        yield stage
+    finally:
+        for path in (new, stage):
+            shutil.rmtree(path, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """A lock on a folder that holds until it is closed, or the process ends; `None` where somebody has it."""
+    try:
+        lock = os.open(folder, os.O_RDONLY)
+    except OSError:  # gone by now
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (OSError, AttributeError):  # somebody's; or there are no locks here
+        os.close(lock)
+        return None
+    return lock
 
 
 def save_tokenizer(tokenizer, folder: Path) -> None:

@@ -1,7 +1,6 @@
 """Saving a checkpoint folder whole, or not at all."""
 
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -44,39 +43,43 @@ def save_checkpoint(model, tokenizer, folder: str | os.PathLike, *, card: Mappin
         ValueError: the folder would not be complete, or a weight is not finite.
         OSError: the disk is full; says how much is free and how much is needed.
     """
+    if tokenizer is None:
+        raise ValueError(
+            "`tokenizer` must be given (of images, the image processor): nobody could use the model. Got None."
+        )
     folder = Path(folder)
     exists = folder.is_dir()
     # Inside an existing folder: a rename must not cross file systems, and `folder` may be a mount.
-    stage = staging_folder(folder if exists else folder.parent)
-    try:
-        model.save_pretrained(stage)
-        is_text = model.config.pipeline_type == "text"
-        if is_text:
-            save_tokenizer(tokenizer, stage)
-        else:
-            tokenizer.save_pretrained(stage)
-        if card is not None or not (folder / "README.md").exists():
-            figures = [name for name in FIGURES if (folder / name).exists()]
-            length = min(tokenizer.model_max_length, model.config.max_input_length) if is_text else None
-            values = {"figures": figures, "max_length": length} | dict(card or {})
-            text = render_card(model.config, **values | {"model_name": values.get("model_name") or folder.name})
-            (stage / "README.md").write_text(text, encoding="utf-8")
-        if problems := find_problems(stage):
-            raise ValueError(f"The checkpoint was not saved to `{folder}`:\n" + "\n".join(f"- {p}" for p in problems))
-        if exists:
-            _move_in(stage, folder)
-        else:
-            stage.rename(folder)
-    except ValueError:  # told above
-        raise
-    except Exception as error:  # the Rust libraries raise nothing narrower on a full disk
-        weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-        # Twice, for the checksum is put into a copy.
-        if (why := explain_full_disk(error, folder, 2 * weights + 2**20)) is None:
+    with staging_folder(folder if exists else folder.parent) as stage:
+        try:
+            model.save_pretrained(stage)
+            is_text = model.config.pipeline_type == "text"
+            if is_text:
+                save_tokenizer(tokenizer, stage)
+            else:
+                tokenizer.save_pretrained(stage)
+            if card is not None or not (folder / "README.md").exists():
+                figures = [name for name in FIGURES if (folder / name).exists()]
+                length = min(tokenizer.model_max_length, model.config.max_input_length) if is_text else None
+                values = {"figures": figures, "max_length": length} | dict(card or {})
+                text = render_card(model.config, **values | {"model_name": values.get("model_name") or folder.name})
+                (stage / "README.md").write_text(text, encoding="utf-8")
+            if problems := find_problems(stage):
+                raise ValueError(
+                    f"The checkpoint was not saved to `{folder}`:\n" + "\n".join(f"- {p}" for p in problems)
+                )
+            if exists:
+                _move_in(stage, folder)
+            else:
+                stage.rename(folder)
+        except ValueError:  # told above
             raise
-        raise OSError(f"The checkpoint was not saved to `{folder}`; what was there is as it was. {why}") from error
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
+        except Exception as error:  # the Rust libraries raise nothing narrower on a full disk
+            weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+            # Twice, for the checksum is put into a copy.
+            if (why := explain_full_disk(error, folder, 2 * weights + 2**20)) is None:
+                raise
+            raise OSError(f"The checkpoint was not saved to `{folder}`; what was there is as it was. {why}") from error
     return folder
 
 

@@ -106,6 +106,11 @@ class GamlImageClassificationPipeline(ExitPipelineMixin, ImageClassificationPipe
                     "an image must be a `PIL.Image`, an array, a tensor, or a `str` that is a path, a URL or base64. "
                     f"Got {shown(image)} ({type(image).__name__})."
                 )
+            if (dimensions := getattr(image, "ndim", 3)) not in (2, 3):
+                raise ValueError(
+                    "an array or a tensor must be one image, of 2 or 3 dimensions; give several as a list. "
+                    f"Got {dimensions} dimensions."
+                )
             pixel_values = self._pixels(image, timeout)
         except Exception as problem:  # of a decoder, the web or the image processor
             error = f"{name}: {problem}"

@@ -50,19 +50,15 @@ class Capped(ExitPolicy):
         guess = self.policy.may_exit(exit_logits)
         return guess if exit_logits.shape[1] + 1 < self.num_exits else torch.ones_like(guess)
 
-    def fixed_exit(self, num_exits: int) -> int | None:
-        fixed = self.policy.fixed_exit(num_exits)
-        return None if fixed is None else min(fixed, self.num_exits - 1)
-
 
 class ExitCap:
     """
     The deepest exit that traffic allows.
 
-    Before each batch the expected wait is the number of waiting tokens over the measured tokens per second. Above half
-    of `slo` the cap goes down one exit; below a quarter it goes up one, and between the two it stays. Up it goes at
-    most one exit for each `slo` of calm, so that an exit must have held before the next is tried, and time without a
-    request counts as calm.
+    Before each batch the expected wait is the number of tokens that wait behind it over the measured tokens a second.
+    Above half of `slo` the cap goes down one exit; below a quarter it goes up one, and between the two it stays. Up it
+    goes at most one exit for each `slo` of calm, so that an exit must have held before the next is tried, and time
+    without a request counts as calm. What a text takes by itself moves nothing: the cap is for texts that pile up.
 
     Args:
         exit_layers (`list[int]`): of the model, rising.
@@ -115,7 +111,7 @@ class ExitCap:
         return waiting_tokens / self.tokens_per_second if self.tokens_per_second else 0.0
 
     def update(self, waiting_tokens: int) -> None:
-        """Move the cap; called before each batch, with the tokens that wait, the batch's own among them."""
+        """Move the cap; called before each batch, with the tokens that wait behind it."""
         now, wait = self.clock(), self.expected_wait(waiting_tokens)
         if wait > self.slo / 2:
             self.position = max(self.position - 1, self.lowest)

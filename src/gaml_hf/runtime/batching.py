@@ -100,6 +100,12 @@ class MicroBatcher:
             for item in (*self.queue, *self.later):
                 item.future.cancel()
 
+    def _answer(self, batch: list[Item], waiting: int) -> Sequence[Any]:
+        try:
+            return self.run(batch, waiting)
+        except StopIteration as error:  # which no future takes: the batch, and all after it, would wait for ever
+            raise RuntimeError("A batch ended in StopIteration.") from error
+
     async def _run_once(self) -> None:
         wanted = deque(item for item in self.queue if not item.future.done())
         self.dropped(len(self.queue) - len(wanted))
@@ -110,7 +116,7 @@ class MicroBatcher:
         waiting = sum(item.tokens for item in wanted)
         batch = take_batch(wanted or self.later, self.max_tokens())
         try:
-            answers = await asyncio.get_running_loop().run_in_executor(self.thread, self.run, batch, waiting)
+            answers = await asyncio.get_running_loop().run_in_executor(self.thread, self._answer, batch, waiting)
             outcomes = [(item.future.set_result, answer) for item, answer in zip(batch, answers, strict=True)]
         except asyncio.CancelledError:
             for item in batch:

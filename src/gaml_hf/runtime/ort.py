@@ -22,6 +22,7 @@ from transformers.utils import logging
 from gaml_hf.hub.folders import SEAL, save_tokenizer, staging_folder, why_unsealed, write_seal
 from gaml_hf.models.auto import GamlAutoConfig
 from gaml_hf.models.configuration_gaml import GamlConfigMixin
+from gaml_hf.models.engine_gaml import PrepackedLinear
 from gaml_hf.models.exiting_gaml import ExitPolicy, policy_for_call
 from gaml_hf.models.exits_base_gaml import GamlSequenceClassifierOutput
 from gaml_hf.models.exits_gaml import ExitsMixin
@@ -79,10 +80,15 @@ def export_onnx(
     folder = Path(folder)
     if precision not in ("fp32", "int8"):
         raise ValueError(f"`precision` must be 'fp32' or 'int8'. Got `precision={precision!r}`.")
-    if model.layer_parts is None:
+    if getattr(model, "layer_parts", None) is None:  # an encoder of images has no such field
         raise ValueError(
             f"{type(model).__name__} cannot be exported: its layers are not built of BERT's parts. Run it in PyTorch, "
             "with `prepack()` on a CPU."
+        )
+    if any(isinstance(module, PrepackedLinear) for module in model.modules()):
+        raise ValueError(
+            "`model` must have its weights in their usual order, and those of this one are prepacked for PyTorch. "
+            "Export it before `prepack()`, or load it anew."
         )
     if _activation(model.config) not in ACTIVATIONS:
         raise ValueError(
@@ -611,12 +617,9 @@ def _new_folder(folder: Path) -> Iterator[Path]:
     """A folder to write into, which then becomes `folder` in one rename."""
     if folder.exists():
         raise ValueError(f"The folder must be new: an export replaces nothing. Got `{folder}`, which exists.")
-    stage = staging_folder(folder.parent)
-    try:
+    with staging_folder(folder.parent) as stage:
         yield stage
         stage.rename(folder)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
 
 
 def _import_onnx() -> tuple[Any, Any]:

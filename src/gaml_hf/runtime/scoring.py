@@ -12,7 +12,6 @@ window is held in memory, however long the file.
 import csv
 import json
 import os
-import shutil
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from itertools import islice
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -164,7 +164,7 @@ def score_file(
     Args:
         source (`str`, `os.PathLike`, `datasets.Dataset` or `datasets.IterableDataset`):
             A dataset, or a file as in [`~gaml_hf.data.files.RowFile`], which is streamed and may be larger than the
-            memory.
+            memory, but for a list in a `.json` file.
         target (`str` or `os.PathLike`): a csv, jsonl or parquet file; one that is there is replaced.
         load_classifier (`Callable`): makes the pipeline; each process calls it once. It must be picklable where
             `num_proc` is above 1, and with `engine`.
@@ -231,7 +231,8 @@ def _score_in_processes(
 ) -> Iterator[dict[str, Any]]:
     """[`_score_windows`], with up to two windows for each process read ahead."""
     rows, start, waiting = iter(rows), 0, deque()
-    with ProcessPoolExecutor(num_proc, initializer=_keep, initargs=(load_classifier,)) as pool:
+    # Not forked: a child would wait for ever for the threads of a PyTorch that has run here.
+    with ProcessPoolExecutor(num_proc, get_context("spawn"), _keep, (load_classifier,)) as pool:
         try:
             while (chunk := list(islice(rows, min(window, sys.maxsize)))) or waiting:
                 if chunk:
@@ -259,9 +260,8 @@ def _score_chunk(chunk, start, text_columns, batch_size, arguments) -> list[dict
 @contextmanager
 def _writer(target: Path) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
     """A function that writes predictions to a file that becomes `target` at the end."""
-    stage = staging_folder(target.parent)
-    temporary = stage / target.name
-    try:
+    with staging_folder(target.parent) as stage:
+        temporary = stage / target.name
         if target.suffix == ".parquet":
             with pq.ParquetWriter(temporary, SCHEMA) as parquet:
                 yield lambda chunk: parquet.write_table(pa.Table.from_pylist(chunk, SCHEMA))
@@ -274,8 +274,6 @@ def _writer(target: Path) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
                 else:
                     yield lambda chunk: file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in chunk)
         os.replace(temporary, target)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
 
 
 def _check_arguments(text_columns, batch_size, window, on_error) -> None:
@@ -306,10 +304,23 @@ class ClassifierLoader(NamedTuple):
     def __call__(self) -> GamlTextClassificationPipeline:
         if self.num_threads is not None:
             torch.set_num_threads(self.num_threads)
+        if self.device is not None:
+            try:
+                torch.empty(0, device=self.device)
+            except (RuntimeError, AssertionError) as error:
+                raise ValueError(
+                    f"`device` must be one that PyTorch has here, such as cpu or cuda:0. Got `{self.device}`: "
+                    f"{str(error).splitlines()[0]}"
+                ) from error
         if self.onnx:
             model = GamlOrtModelForSequenceClassification.from_pretrained(self.model)
         else:
             model = GamlAutoModelForSequenceClassification.from_pretrained(self.model)
+            if model.exits_are_new:
+                raise ValueError(
+                    f"`model` must be a checkpoint with exits. Got `{self.model}`, a plain one: its exits would be "
+                    "new, and answer at random. Train them first, by run_glue_gaml.py or GamlTrainer."
+                )
         if self.prepack:
             model = model.eval().prepack()
         tokenizer = AutoTokenizer.from_pretrained(self.model, trust_remote_code=False)

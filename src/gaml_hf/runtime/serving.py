@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 # What `parameters` of a request may hold. The pipeline's other arguments are a policy object and how it batches.
 PARAMETERS = (*EXIT_FIELDS, *TOKENIZER_ARGUMENTS, "top_k", "function_to_apply", "on_error")
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+PROBE = "probe"  # the kind of a row by which the server tries the model
 SHADOW, MAX_SHADOWS = "shadow", 256  # the kind of rows that run again, and how many may wait
 SHADOW_WINDOW = 500  # rows that are compared with the certificate at a time
 POWERS = tuple(2**i for i in range(15))
@@ -356,7 +357,7 @@ class Service:
         encoding = classifier.preprocess("", on_error="skip") | {
             "about": {"row": "", "truncated": False, "error": None}
         }
-        await self.batcher.submit((encoding, classifier, {}), _tokens(encoding), "probe")
+        await self.batcher.submit((encoding, classifier, {}), _tokens(encoding), PROBE)
         if not self.is_healthy:
             raise ValueError("Its logits are NaN or infinite.")
 
@@ -495,14 +496,15 @@ class Service:
     def _run(self, batch: list[Item], waiting_tokens: int) -> list[Outcome]:
         """One forward pass."""
         is_shadow = batch[0].kind == SHADOW  # of which the cap, and what clients saw, know nothing
-        started, metrics, exit_cap = time.perf_counter(), self.metrics, None if is_shadow else self.exit_cap
+        started, metrics = time.perf_counter(), self.metrics
+        exit_cap = None if batch[0].kind in (SHADOW, PROBE) else self.exit_cap
         tokens = sum(item.tokens for item in batch)
         for item in () if is_shadow else batch:
             metrics.queue_seconds.observe(started - item.since)
         _, classifier, forward = batch[0].value
         config, capped = classifier.model.config, None
         if exit_cap is not None:
-            exit_cap.update(waiting_tokens)
+            exit_cap.update(waiting_tokens - tokens)
             metrics.exit_cap.set(exit_cap.exit_layer)
             if exit_cap.is_acting:
                 policy = forward.get("exit_policy") or policy_from_config(config)
@@ -823,13 +825,13 @@ def _check_admin(request: Request, admin_token: str | None) -> None:
 class DrainingServer(uvicorn.Server):
     """
     Uvicorn that, on the first SIGTERM or SIGINT, lets the application refuse new requests while it answers those in
-    flight, and ends when none is left; on a second signal, as Uvicorn does.
+    flight, and ends when none is left; on a second signal, when the forward pass that runs is over.
     """
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         service = self.config.app.state.service
         if service.is_draining:
-            super().handle_exit(sig, frame)
+            self.should_exit = self.force_exit = True
         service.is_draining = True
 
     async def on_tick(self, counter: int) -> bool:

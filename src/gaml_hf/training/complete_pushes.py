@@ -1,9 +1,9 @@
 """To the Hub out of a training: each push is one commit of a complete repository."""
 
-import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,8 @@ class CompletePushes:
             else f"epoch {round(self.state.epoch)}"
         )
         # A folder of its own, so that training may go on and save again while this one goes up.
-        folder = staging_folder(Path(args.output_dir))
+        stack = ExitStack()
+        folder = stack.enter_context(staging_folder(Path(args.output_dir)))
         self._save_complete(folder, {})
         push = self._pushing(folder, f"Training in progress, {at}")
 
@@ -95,7 +96,7 @@ class CompletePushes:
             except Exception as error:  # in a thread that nobody asks for its result
                 logger.warning(f"The push of {at} failed, and training goes on: {error}")
             finally:
-                shutil.rmtree(folder, ignore_errors=True)
+                stack.close()
 
         job = run_as_future(push_and_forget)
         if self.push_in_progress is None or self.push_in_progress.is_done():
