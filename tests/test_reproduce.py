@@ -447,7 +447,7 @@ def test_shards_are_the_same_runs_however_far_the_others_are(settings, monkeypat
 @mark.parametrize("word", ["1", "2/2", "a/b", "-1/2", "0/0"])
 def test_a_shard_that_is_none(word, capsys):
     with raises(SystemExit):
-        reproduce.parser().parse_args(["table2", "--shard", word])
+        reproduce.parser().parse_args(["table2", f"--shard={word}"])
     assert f"must be such as 0/2 or 1/2. Got {word}." in capsys.readouterr().err
 
 

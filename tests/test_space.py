@@ -12,11 +12,13 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from huggingface_hub import HfApi
 from pytest import approx, fixture, mark, raises
 
 from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification
 from gaml_hf.hub import push_checkpoint, push_space, save_checkpoint
 from gaml_hf.hub.push import SPACE_GRADIO
+from gaml_hf.models.modeling_gaml_resnet import GamlResNetConfig
 
 
 ROOT = Path(__file__).parents[1]
@@ -244,6 +246,14 @@ def test_a_space_is_pushed_whole_and_pinned(folder, hub_server):
     for part in ("sdk: gradio\n", f"sdk_version: {SPACE_GRADIO}\n", "app_file: app.py\n", "- me/films\n", pinned.oid):
         assert part in readme
     assert "{{" not in readme
+
+
+def test_a_space_of_what_reads_no_texts(hub_server, tmp_path):
+    GamlResNetConfig.cifar(8).save_pretrained(tmp_path)
+    HfApi().create_repo("me/images")
+    HfApi().upload_folder(repo_id="me/images", folder_path=tmp_path)
+    with raises(ValueError, match="must be a checkpoint of texts with exits.* Got `me/images`, of type `gaml_resnet`"):
+        push_space("me/show", "me/images")
 
 
 def test_the_space_names_the_versions_that_are_tested():

@@ -12,6 +12,9 @@ from huggingface_hub import (
     CommitOperationDelete,
     HfApi,
 )
+from transformers import PreTrainedConfig
+
+from gaml_hf.models.auto import classes_of
 
 from .checking import WEIGHTS_INDEX, check_checkpoint, pushed_files
 
@@ -98,9 +101,19 @@ def push_space(
 
     Returns:
         `CommitInfo`: of the commit.
+
+    Raises:
+        ValueError: the checkpoint has no exits, or is of images.
     """
     api = HfApi(token=token)
     revision = api.model_info(model, revision=model_revision).sha
+    found, _ = PreTrainedConfig.get_config_dict(model, revision=revision, token=token)
+    classes = classes_of(kind := found.get("model_type"))
+    if classes is None or classes[0].model_type != kind or classes[0].pipeline_type != "text":
+        raise ValueError(
+            "`model` must be a checkpoint of texts with exits, which is what the Space shows. Got "
+            f"`{model}`, of type `{kind}`."
+        )
     repo_id = _open_repo(api, repo_id, private=private, revision=None, repo_type="space", space_sdk="gradio")
     source = Path(__file__).with_name("space")
     readme = (source / "README.md").read_text(encoding="utf-8")
