@@ -695,7 +695,9 @@ def test_a_training_drops_the_temperatures_of_the_weights_before_it(make, caplog
 
 
 @each_exit
-@mark.parametrize(("policy", "asked"), [(FullDepth(), [4]), (Budgeted(2), [2]), (Budgeted(9), [4])], ids=str)
+@mark.parametrize(
+    ("policy", "asked"), [(FullDepth(), [4]), (Budgeted(2), [2]), (Budgeted(9), [4])], ids=["none", "2", "9"]
+)
 def test_where_the_depth_is_fixed_one_exit_is_asked(make, batch, exits, policy, asked):
     model, calls = make(**EXITS[exits]).eval(), []
     expected = model(**batch, exit_policy=policy, output_exit_logits=True)
