@@ -203,8 +203,10 @@ def test_saved_and_loaded_again(kind, make, texts, tmp_path):
     for auto in (AutoModelForSequenceClassification, GamlAutoModelForSequenceClassification):
         loaded = auto.from_pretrained(tmp_path / "saved").eval()
         assert type(loaded) is type(model)
+        assert all(weight.equal(model.state_dict()[name]) for name, weight in loaded.state_dict().items())
         output = loaded(**batch)
-        assert output.logits.equal(expected.logits)
+        # Read from a file they lie elsewhere in memory, and on some processors a product's last digit depends on that.
+        assert_close(output.logits, expected.logits, rtol=1e-5, atol=1e-6)
         assert output.exit_layer.equal(expected.exit_layer)
     (tmp_path / "saved" / "model.safetensors").unlink()
 
