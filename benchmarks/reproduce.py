@@ -353,7 +353,7 @@ def main(argv: list[str] | None = None) -> None:
             runs = [run for run in runs if run.system not in of_bert]
     if not runs:
         parser().error(f"{options.experiment} has no run of `--systems {' '.join(options.systems)}`.")
-    missing = [run for run in runs if not settings.path(run).exists()]
+    missing = dict.fromkeys(run for run in runs if not settings.path(run).exists())  # a grid has thousands
     index, count = options.shard
     mine = [run for run in runs[index::count] if run in missing]  # the same share, however far the others are
     known = ledger(options.ledger)

@@ -230,7 +230,7 @@ def _seconds(model: PreTrainedModel, options: Mapping[str, Any], batches: list[d
     return time.perf_counter() - start
 
 
-def without_padding(row: Mapping[str, Any]) -> dict[str, list[int]]:
+def _without_padding(row: Mapping[str, Any]) -> dict[str, list[int]]:
     """Ids of the tokens of a text, and their types, where its `attention_mask` is not 0."""
     mask = row.get("attention_mask", [1] * len(row["input_ids"]))
     return {
@@ -246,7 +246,7 @@ def _batch(rows: Sequence[Mapping[str, Any]], model: PreTrainedModel) -> dict[st
     if "pixel_values" in rows[0]:
         return {"pixel_values": torch.stack([row["pixel_values"] for row in rows]).to(device, model.dtype)}
     pad_token_id = model.config.pad_token_id
-    rows = [without_padding(row) for row in rows]
+    rows = [_without_padding(row) for row in rows]
     input_ids = [torch.as_tensor(row["input_ids"]) for row in rows]
     batch = {
         "input_ids": pad_sequence(input_ids, batch_first=True, padding_value=pad_token_id or 0),

@@ -45,11 +45,10 @@ def staging_folder(beside: Path) -> Iterator[Path]:
     So are those of killed saves, which could not clean up after themselves: their names tell this machine, and nobody
     holds them open with a lock, which a process of another container does as well.
     """
-    if fcntl is not None:
-        for path in beside.glob(f".saving-{glob.escape(platform.node())}-*"):
-            if (lock := _lock(path)) is not None:
-                shutil.rmtree(path, ignore_errors=True)
-                os.close(lock)
+    for path in beside.glob(f".saving-{glob.escape(platform.node())}-*"):
+        if (lock := _lock(path)) is not None:
+            shutil.rmtree(path, ignore_errors=True)
+            os.close(lock)
     # Locked under another name: under its own it could be taken for one that a killed save has left.
     name = uuid4().hex
     stage, new = beside / f".saving-{platform.node()}-{name}", beside / f".saving-new-{name}"
@@ -67,13 +66,15 @@ def staging_folder(beside: Path) -> Iterator[Path]:
 
 def _lock(folder: Path) -> int | None:
     """A lock on a folder that holds until it is closed, or the process ends; `None` where somebody has it."""
+    if fcntl is None:
+        return None
     try:
         lock = os.open(folder, os.O_RDONLY)
     except OSError:  # gone by now
         return None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (OSError, AttributeError):  # somebody's; or there are no locks here
+    except OSError:  # somebody's; or there are no locks on this disk
         os.close(lock)
         return None
     return lock

@@ -104,12 +104,13 @@ class ExitTrainer(RobustTrainer):
             states, labels = collect_exit_states(
                 model, (self._prepare_inputs(batch) for batch in batches), self.accelerator.gather_for_metrics
             )
-        for m, state in zip(config.exit_layers, states.unbind(1), strict=True):
-            if not state.isfinite().all():
-                raise FloatingPointError(
-                    f"Training did not start: layer {m} of the model makes numbers that are not finite (NaN or "
-                    "infinite) of training rows. Look for broken weights, or for a type too narrow for them (`fp16`)."
-                )
+        finite = states.isfinite().all(dim=2).all(dim=0).tolist()  # one wait for the GPU
+        if not all(finite):
+            raise FloatingPointError(
+                f"Training did not start: layer {config.exit_layers[finite.index(False)]} of the model makes numbers "
+                "that are not finite (NaN or infinite) of training rows. Look for broken weights, or for a type too "
+                "narrow for them (`fp16`)."
+            )
         variation = input_variation(states)
         told = ", ".join(f"{m}: {share:.3g}" for m, share in zip(config.exit_layers, variation, strict=True))
         logger.info(f"How much an exit's input varies from text to text, beside its length: {told}.")
