@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a program
 from benchmarks import reports
 from benchmarks.baselines import BASELINES
 from benchmarks.images import DEPTHS, IMAGE_SYSTEMS, ImageRun
-from benchmarks.runs import EXIT_SYSTEMS, IMAGE_TASKS, Run, Settings, perform
+from benchmarks.runs import EXIT_SYSTEMS, IMAGE_TASKS, Run, Settings, encoder_digest, perform
 from gaml_hf.evaluation.glue import GLUE_TASKS, get_task
 
 
@@ -257,6 +257,20 @@ def ledger(folder: Path, pattern: str = "*.json") -> list[dict]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(pattern))]
 
 
+def check_encoder(options: argparse.Namespace, names: set[str], known: list[dict]) -> None:
+    """Runs of two encoders that share a name are not mixed."""
+    of_name = [result for result in known if result["name"] in names and "encoder" in result]
+    if not of_name:
+        return
+    here = encoder_digest(options.backbone)
+    if others := [result["name"] for result in of_name if result["encoder"] != here]:
+        parser().error(
+            f"`--backbone` must be the encoder of the runs in `--ledger`, or have another name. Got "
+            f"`{options.backbone}`, whose weights ({here}) are not those of {others[0]}"
+            f"{f' and {len(others) - 1} more' if others[1:] else ''}."
+        )
+
+
 def seconds_of(run: Run, known: list[dict]) -> float | None:
     """About how long a run takes, by the runs of the same task on record; None without one."""
     for same in (("task", "system", "bf16"), ("task", "bf16"), ("task",)):
@@ -368,6 +382,8 @@ def main(argv: list[str] | None = None) -> None:
     if options.dry_run:
         return
     if not options.report:
+        if not of_images:
+            check_encoder(options, {run.name for run in runs}, known)
         for position, run in enumerate(mine, start=1):
             started = time.time()
             result = perform(run, settings)

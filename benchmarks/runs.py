@@ -277,6 +277,7 @@ def train(run: Run, settings: Settings, folder: str) -> dict[str, Any]:
         values = output.predictions[2] if isinstance(output.predictions, tuple) else output.predictions[:, None]
         logits[name], labels[name] = values.astype(np.float32), output.label_ids
     return {
+        "encoder": encoder_digest(settings.backbone),
         "full_depth": full_depth,
         "layers": layers,
         "exit_layers": exit_layers,
@@ -488,6 +489,18 @@ def full_encoder_weights(backbone: str) -> int:
     """Of the plain encoder at full depth; no weights are made for it."""
     with torch.device("meta"):
         return encoder_weights(AutoModel.from_config(AutoConfig.from_pretrained(backbone)))
+
+
+@cache
+def encoder_digest(backbone: str) -> str:
+    """Ten digits of the encoder's weights: another checkpoint of the same name has others."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # a pooler that the checkpoint lacks is drawn
+        weights = AutoModel.from_pretrained(backbone, dtype=torch.float32).state_dict()
+    sha256 = hashlib.sha256()
+    for name in sorted(weights):
+        sha256.update(name.encode() + weights[name].numpy().tobytes())
+    return sha256.hexdigest()[:10]
 
 
 def encode_array(values: np.ndarray) -> dict[str, Any]:

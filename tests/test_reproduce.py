@@ -399,6 +399,24 @@ def test_the_tables_of_the_paper_with_exits_that_learn(settings, capsys):
     assert "leave out `--exits`. Got learning" in capsys.readouterr().err
 
 
+def test_runs_of_two_encoders_of_one_name_are_not_mixed(settings, tmp_path, bert_kwargs, tokenizer, capsys):
+    asked = words(settings, "--systems", "multi-exit")
+    reproduce.main(["table2", *asked])
+    (first, second) = sorted(settings.ledger.glob("*.json"))
+    second.unlink()
+    torch.manual_seed(1)
+    other = tmp_path / "elsewhere" / "tiny"
+    BertForSequenceClassification(BertConfig(**bert_kwargs)).save_pretrained(other)
+    tokenizer.save_pretrained(other)
+    moved = [str(other) if word == settings.backbone else word for word in asked]
+    with raises(SystemExit):
+        reproduce.main(["table2", *moved])
+    assert f"are not those of {first.stem}.\n" in capsys.readouterr().err
+    assert not second.exists()
+    reproduce.main(["table2", *asked])  # those of the first go on
+    assert second.exists()
+
+
 def test_baselines_of_bert_are_left_out_for_another_encoder(settings, tmp_path, capsys):
     MPNetConfig(num_hidden_layers=4).save_pretrained(tmp_path / "mpnet")
     asked = [str(tmp_path / "mpnet") if word == settings.backbone else word for word in words(settings)]
