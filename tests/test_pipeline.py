@@ -604,6 +604,33 @@ def test_a_long_pair_is_cut_as_the_tokenizer_cuts_it(classifier, tokenizer, max_
         assert encoding["about"]["truncated"]
 
 
+@mark.parametrize("word", ["good ", "dulls ", "!", "x" * 120 + " ", "y" * 2000 + " ", "e\u0301 ", "[SEP] "])
+def test_a_text_is_read_no_further_than_needed(classifier, tokenizer, word, monkeypatch):
+    """A tokenizer takes seconds for two million characters, and other requests of a server wait for it."""
+    text, read = "fine plot " + word * (10**6 // len(word)), []
+    rows = [{"text": text}, {"text": text, "text_pair": "bad " * 10**5}, {"text": "bad", "text_pair": text}]
+    # An even number of tokens beside the special ones: none falls to the longer text.
+    expected = [
+        tokenizer(**{name: part[: 60 * len(word)] for name, part in row.items()}, truncation=True, max_length=21)
+        for row in rows
+    ]
+    stock = type(tokenizer)._encode_plus
+
+    def watched(self, text, *args, **kwargs):
+        read.append(len(text))
+        return stock(self, text, *args, **kwargs)
+
+    monkeypatch.setattr(type(tokenizer), "_encode_plus", watched)
+    for row, right in zip(rows, expected, strict=True):
+        read.clear()
+        encoding = classifier.preprocess(row, max_length=21)
+        assert encoding["input_ids"][0].tolist() == right["input_ids"]
+        assert encoding["about"]["truncated"]
+        assert 0 < max(read) < (10**5 if len(word) < 1000 else 10**6)
+    with raises(ValueError, match="the text has more than 21 tokens, and at most 21 are read"):
+        classifier(text, max_length=21, truncation=False)
+
+
 def test_the_memory_of_a_long_pair(classifier):
     """The tokenizer alone would make 10^10 pieces of these, one after the other."""
     row = {"text": "good " * 100_000, "text_pair": "bad " * 100_000}

@@ -19,6 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import torch
 from huggingface_hub import InferenceClient, constants
+from hypothesis import given
+from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 from pytest import approx, fixture, mark, raises
 from transformers import BertTokenizer
@@ -156,10 +158,12 @@ def items(*sizes_and_kinds):
 @mark.parametrize(
     ("waiting", "taken", "left"),
     [
-        ([(3, "a"), (4, "a"), (3, "a"), (1, "a")], [0, 1, 2], [3]),
+        ([(3, "a"), (3, "a"), (2, "a"), (1, "a")], [0, 1, 2], [3]),
+        ([(3, "a"), (4, "a"), (3, "a"), (1, "a")], [0, 1], [2, 3]),  # padding counts: 3 x 4
         ([(3, "a"), (4, "b"), (3, "a"), (2, "b")], [0, 2], [1, 3]),
         ([(99, "a"), (1, "a")], [0], [1]),
-        ([(6, "a"), (5, "a"), (1, "a")], [0], [1, 2]),  # none overtakes one of its kind
+        ([(6, "a"), (5, "a"), (1, "a")], [0], [1, 2]),
+        ([(2, "a"), (6, "a"), (1, "a"), (1, "a")], [0, 2, 3], [1]),  # the long one would make the others long
         ([(6, "a"), (1, "b"), (5, "a"), (1, "b")], [0], [1, 2, 3]),
         ([], [], []),
     ],
@@ -168,6 +172,26 @@ def test_a_batch_by_hand(waiting, taken, left):
     queue = items(*waiting)
     assert [item.value for item in take_batch(queue, 10)] == taken
     assert [item.value for item in queue] == left
+
+
+@given(st.lists(st.integers(1, 512), min_size=1, max_size=300), st.integers(1, 4096))
+def test_a_batch_has_little_padding_and_all_get_their_turn(lengths, max_tokens):
+    queue, taken = items(*((length, "a") for length in lengths)), []
+    while queue:
+        oldest = queue[0]
+        batch = take_batch(queue, max_tokens)
+        assert batch[0] is oldest
+        padded, tokens = len(batch) * max(item.tokens for item in batch), sum(item.tokens for item in batch)
+        assert padded <= max_tokens or len(batch) == 1
+        assert padded <= max(2 * tokens, 512)
+        assert [item.value for item in batch] == sorted(item.value for item in batch)
+        taken += [item.value for item in batch]
+    assert sorted(taken) == list(range(len(lengths)))
+
+
+def test_one_long_row_does_not_make_many_short_ones_long():
+    queue = items(*[(5, "a")] * 150, (512, "a"), *[(5, "a")] * 150)
+    assert [len(take_batch(queue, 4096)) for _ in range(2)] == [300, 1]
 
 
 def batched(run, submit):
@@ -224,6 +248,17 @@ def test_what_may_wait_runs_when_nothing_else_does():
 
     assert batched(run, submit)[0] == [-1, 1, -2, 2]
     assert order == [1, 2, -1, -2]
+
+
+def test_what_may_wait_runs_a_few_at_a_time():
+    """For what comes next waits until they are through."""
+
+    async def submit(batcher):
+        batcher.max_tokens = lambda: 160
+        return await asyncio.gather(*(batcher.submit(number, 4, later=True) for number in range(20)))
+
+    batches, _ = batched(lambda batch, waiting: [len(batch)] * len(batch), submit)
+    assert batches == [2] * 20
 
 
 def test_a_batch_that_runs_out_costs_no_other():
@@ -726,6 +761,32 @@ def test_a_model_that_fails_is_unwell_until_it_works_again(classifier, monkeypat
     assert "out of memory" in caplog.text
 
 
+def test_a_server_whose_batcher_has_ended_is_unwell(classifier, monkeypatch):
+    async def end():
+        async with serving(lambda: classifier) as client:
+            monkeypatch.setattr(client.service.batcher, "max_tokens", lambda: 1 / 0)
+            late = asyncio.create_task(client.post("/predict", json={"inputs": "good"}))
+            while (health := await client.get("/health")).status_code == 200:
+                await asyncio.sleep(0.002)
+            await asyncio.gather(late, return_exceptions=True)
+            return health
+
+    assert "division by zero" in asyncio.run(end()).json()["error"]
+
+
+def test_a_server_that_still_loads_can_be_stopped():
+    gate = threading.Event()
+
+    async def start_and_stop():
+        async with serving(gate.wait, is_ready=False):
+            pass
+
+    try:
+        asyncio.run(asyncio.wait_for(start_and_stop(), 60))
+    finally:
+        gate.set()
+
+
 def test_a_model_that_cannot_be_loaded_ends_the_server(tmp_path, caplog):
     async def start():
         async with serving(ClassifierLoader(str(tmp_path), False, "cpu", None), is_ready=False) as client:
@@ -783,6 +844,8 @@ def test_knobs_change_under_load_and_no_request_fails(classifier):
         ({"exit_strategy": "entropy", "exit_threshold": 2}, "`exit_threshold` must lie in [0, 1]"),
         ({"slo_ms": 0}, "`slo_ms` must be a number above 0"),
         ({"slo_ms": True}, "`slo_ms` must be a number above 0"),
+        ({"slo_ms": 1e308}, "`slo_ms` must be a number above 0 and up to 86,400,000"),
+        ({"slo_ms": 10**400}, "`slo_ms` must be a number above 0 and up to 86,400,000"),
         ({"slo_ms": 100, "min_exit": 9}, "`min_exit` must be one of the exits of this model"),
         ({"shadow_fraction": 1.5}, "`shadow_fraction` must be a number in [0, 1]"),
         ({"min_exit": 2}, "`min_exit` is read with `slo_ms` alone"),
@@ -969,7 +1032,10 @@ def test_options_and_settings_have_one_default():
         (["--model", "no/where/at/all"], "`--model` must be a checkpoint folder"),
         (["--port", "99999"], "`--port` must be between 0 and 65535"),
         (["--num_threads", "0"], "`--num_threads` must be at least 1"),
-        (["--slo_ms", "-1"], "`--slo_ms` must be a number above 0, of milliseconds. Got `--slo_ms=-1.0`."),
+        (
+            ["--slo_ms", "-1"],
+            "up to 86,400,000, of milliseconds. Got `--slo_ms=-1.0`.",
+        ),
         (["--min_exit", "2"], "`--min_exit` is read with `--slo_ms` alone."),
         (["--admin_token", " "], "`--admin_token` must hold more than blanks"),
     ],

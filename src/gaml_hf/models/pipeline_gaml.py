@@ -32,6 +32,7 @@ TOKENIZER_ARGUMENTS = {
 }
 # Three special tokens and one of each text: with fewer, a tokenizer drops a text or cuts nothing at all.
 MIN_LENGTH = 5
+READ_AHEAD = 64  # characters that are tokenized at first for a token that may be read
 OTHER_ARGUMENTS = ("top_k", "function_to_apply", "on_error", "batch_size", "num_workers")
 
 # A fast tokenizer keeps the truncation and padding of the call in progress as its own state: two threads would get
@@ -267,7 +268,8 @@ class GamlTextClassificationPipeline(ExitPipelineMixin, TextClassificationPipeli
         if length > max_length:
             limit = config.max_input_length
             raise ValueError(
-                f"the text has {length} tokens, and at most {max_length} are read. Leave `truncation` at its default, "
+                f"the text has {f'more than {max_length}' if truncated else length} tokens, and at most {max_length} "
+                "are read. Leave `truncation` at its default, "
                 "True, to cut it" + (f", or give `max_length`, up to {limit}." if max_length < limit else ".")
             )
         fields = ("text", "text_pair")[: len(texts)]
@@ -296,34 +298,43 @@ class GamlTextClassificationPipeline(ExitPipelineMixin, TextClassificationPipeli
         }
         with _tokenizer_lock:
             try:
-                if "text_pair" in texts and truncation in (True, "longest_first") and self.tokenizer.is_fast:
-                    texts = self._near_texts(texts, max_length, split_special_tokens)
-                arguments |= texts
+                near = texts
+                if truncation not in ("only_first", "only_second") and self.tokenizer.is_fast:
+                    near = self._near_texts(texts, max_length, split_special_tokens)
+                arguments |= near
                 encoding = self.tokenizer(**arguments, truncation=truncation)
             except Exception as problem:  # the tokenizers library raises no narrower class
                 raise ValueError(f"the tokenizer cannot encode the text: {problem}") from problem
             if encoding.is_fast:
-                return encoding, bool(encoding.encodings[0].overflowing)
+                return encoding, near != texts or bool(encoding.encodings[0].overflowing)
             whole = self.tokenizer(**arguments | {"padding": False}, truncation=False)
             return encoding, whole["input_ids"].shape[1] > int(encoding["attention_mask"].sum())
 
     def _near_texts(self, texts: dict[str, str], max_length: int, split_special_tokens: bool) -> dict[str, str]:
         """
-        A pair without words that lie beyond the longest input in any case.
+        A row without words that lie beyond the longest input in any case.
 
-        A fast tokenizer keeps what it cuts off, in pieces, and for a pair every piece of one text beside every piece
-        of the other: two texts of some ten thousand words would take all the memory there is.
+        A fast tokenizer reads a text to its end and keeps what it cuts off, in pieces, and for a pair every piece of
+        one text beside every piece of the other. So two million characters would take seconds, for which others wait,
+        and two texts of some ten thousand words all the memory there is.
         """
         if sum(map(len, texts.values())) <= 8 * max_length:
             return texts
         arguments = {"add_special_tokens": False, "split_special_tokens": split_special_tokens, "verbose": False}
-        encodings = {name: self.tokenizer(text, **arguments).encodings[0] for name, text in texts.items()}
+        enough, encodings, lengths = max_length + 100, {}, {}
+        for name, text in texts.items():
+            size = READ_AHEAD * enough
+            encoding = self.tokenizer(text[:size], **arguments).encodings[0]
+            while size < len(text) and _word_from(enough, encoding) is None:
+                size *= 8
+                encoding = self.tokenizer(text[:size], **arguments).encodings[0]
+            encodings[name] = encoding
+            lengths[name] = len(encoding.ids) * max(len(text) / size, 1)  # of a text not read to its end, about
         # Which text is the longer decides to which an odd token falls. A word is of at most 100 characters, or [UNK].
-        longer = max(encodings, key=lambda name: (len(encodings[name].ids), name == "text_pair"))
+        longer = max(encodings, key=lambda name: (lengths[name], name == "text_pair"))
         near = {}
         for name, encoding in encodings.items():
-            words, start = encoding.word_ids, max_length + 100 * (name == longer)
-            end = next((i for i in range(start, len(words)) if words[i] != words[i - 1]), None)
+            end = _word_from(enough if name == longer else max_length, encoding)
             near[name] = texts[name] if end is None else texts[name][: encoding.offsets[end][0]]
         return near
 
@@ -342,6 +353,12 @@ class GamlTextClassificationPipeline(ExitPipelineMixin, TextClassificationPipeli
         answers = super().postprocess(model_outputs, function_to_apply=function_to_apply, top_k=top_k, _legacy=_legacy)
         exits = {"exit_layer": int(model_outputs["exit_layer"][0]), "truncated": about["truncated"]}
         return {**answers, **exits} if isinstance(answers, dict) else [{**answer, **exits} for answer in answers]
+
+
+def _word_from(start: int, encoding: Any) -> int | None:
+    """The first token from `start` that begins a word; None if that is the last one, of which more may follow."""
+    words = encoding.word_ids
+    return next((i for i in range(start, len(words)) if words[i] not in (words[i - 1], words[-1])), None)
 
 
 def checked_texts(row: Any) -> dict[str, str]:

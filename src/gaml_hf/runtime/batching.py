@@ -12,6 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
+FREE_PADDING = (
+    512  # tokens, padding included, up to which a batch may hold any lengths: so little costs about the same
+)
+LATER_SHARE = 16  # what runs when nothing else waits runs in batches this many times smaller, for the next may come
+
+
 @dataclass(slots=True, eq=False)
 class Item:
     """
@@ -19,7 +25,7 @@ class Item:
 
     Attributes:
         value: what `run` needs of it.
-        tokens (`int`): its size.
+        tokens (`int`): its length.
         kind (`Hashable`): rows of one kind may run together.
         future (`asyncio.Future`): the answer; who no longer wants it cancels it.
         since (`float`): when it came, of `time.perf_counter`.
@@ -36,21 +42,24 @@ def take_batch(queue: deque[Item], max_tokens: int) -> list[Item]:
     """
     The oldest item and, in their order, those of its kind that fit beside it; all others stay, in their order.
 
+    All rows of a batch become as long as its longest. So one long row among many short ones, which would cost as much
+    as that many long ones, waits for its own turn: beyond `FREE_PADDING` a batch has no more padding than tokens.
+
     Args:
         queue (`deque` of [`Item`]): oldest first; it loses what is taken.
-        max_tokens (`int`): of the items together; a first item of more runs alone.
+        max_tokens (`int`): of the items together, padding included; a first item of more runs alone.
     """
-    batch, passed, tokens = [], [], 0
-    while queue:
+    batch, passed, tokens, longest = [], [], 0, 0
+    while queue and (len(batch) + 1) * longest <= max_tokens:  # else nothing fits any more
         item = queue.popleft()
-        if batch and item.kind != batch[0].kind:
+        padded = (len(batch) + 1) * max(longest, item.tokens)
+        fits = padded <= max_tokens and padded <= max(2 * (tokens + item.tokens), FREE_PADDING)
+        if batch and (item.kind != batch[0].kind or not fits):
             passed.append(item)
-        elif batch and tokens + item.tokens > max_tokens:
-            queue.appendleft(item)
-            break
         else:
             batch.append(item)
             tokens += item.tokens
+            longest = max(longest, item.tokens)
     queue.extendleft(reversed(passed))
     return batch
 
@@ -64,7 +73,7 @@ class MicroBatcher:
             From a batch of [`Item`] and the tokens that wait, its own included, to one answer for each item. Called in
             `thread`, never twice at a time.
         thread (`ThreadPoolExecutor`): of one thread.
-        max_tokens (`Callable`): tokens of a batch at most; asked before each.
+        max_tokens (`Callable`): tokens of a batch at most, padding included; asked before each.
         dropped (`Callable`, *optional*): told the number of items that were cancelled before they ran.
     """
 
@@ -113,8 +122,8 @@ class MicroBatcher:
         if not wanted and not self.later:
             self._filled.clear()
             return
-        waiting = sum(item.tokens for item in wanted)
-        batch = take_batch(wanted or self.later, self.max_tokens())
+        waiting, limit = sum(item.tokens for item in wanted), self.max_tokens()
+        batch = take_batch(wanted, limit) or take_batch(self.later, limit // LATER_SHARE)
         try:
             answers = await asyncio.get_running_loop().run_in_executor(self.thread, self._answer, batch, waiting)
             outcomes = [(item.future.set_result, answer) for item, answer in zip(batch, answers, strict=True)]

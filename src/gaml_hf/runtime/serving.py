@@ -13,11 +13,11 @@ import dataclasses
 import hmac
 import json
 import logging
-import math
 import random
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import version
 from typing import Any, NamedTuple
@@ -46,6 +46,7 @@ SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 1
 PROBE = "probe"  # the kind of a row by which the server tries the model
 SHADOW, MAX_SHADOWS = "shadow", 256  # the kind of rows that run again, and how many may wait
 SHADOW_WINDOW = 500  # rows that are compared with the certificate at a time
+DAY = 86_400_000  # milliseconds
 POWERS = tuple(2**i for i in range(15))
 
 
@@ -62,7 +63,7 @@ class ServerSettings:
         max_disagreement (`float`, *optional*):
             Share of the rows that may get another class than the last exit's, at any load. Read with `slo_ms`; needs
             a checkpoint with a certificate of disagreement, see [`~evaluation.ExitCertificate.lowest_cap`].
-        max_batch_tokens (`int`): tokens that run together.
+        max_batch_tokens (`int`): tokens that run together, padding included.
         max_concurrent_requests (`int`): a request beyond is refused before anything is read of it.
         shadow_fraction (`float`):
             Share of the requests whose rows run again to full depth, when nothing else waits: how many classes differ
@@ -100,8 +101,11 @@ class ServerSettings:
             value = getattr(self, name)
             if value is None and name == "slo_ms":
                 continue
-            if type(value) not in (int, float) or not 0 < value < math.inf:
-                raise ValueError(f"`{name}` must be a number above 0, of milliseconds. Got `{name}={shown(value)}`.")
+            if type(value) not in (int, float) or not 0 < value <= DAY:
+                raise ValueError(
+                    f"`{name}` must be a number above 0 and up to {DAY:,}, of milliseconds. "
+                    f"Got `{name}={shown(value)}`."
+                )
         for name in ("shadow_fraction", "max_disagreement"):
             share = getattr(self, name)
             if share is None and name == "max_disagreement":
@@ -241,7 +245,7 @@ class Service:
     The classifier, the queue before it, and the two threads beside the event loop: the model's, and the tokenizer's.
 
     Args:
-        load_classifier (`Callable`): makes the [`GamlTextClassificationPipeline`]; called once, in the model's thread.
+        load_classifier (`Callable`): makes the [`GamlTextClassificationPipeline`]; called once, in its own thread.
         settings ([`ServerSettings`]): to begin with.
         name (`str`): of the model, for `/info`.
     """
@@ -272,8 +276,8 @@ class Service:
         self.batcher = MicroBatcher(self._run, self._model_thread, self._max_tokens, self.metrics.dropped_rows.inc)
         self.metrics.in_flight.set_function(lambda: self.in_flight)
         self.metrics.queue_rows.set_function(lambda: len(self.batcher.queue))
-        self.loading = asyncio.create_task(self._load())
-        tasks = [asyncio.create_task(self.batcher.work()), self.loading]
+        self.loading, self._batching = asyncio.create_task(self._load()), asyncio.create_task(self.batcher.work())
+        tasks = [self.loading, self._batching]
         try:
             yield
         finally:
@@ -285,8 +289,7 @@ class Service:
 
     async def _load(self) -> None:
         try:
-            loop = asyncio.get_running_loop()
-            self._loaded = await loop.run_in_executor(self._model_thread, self.load_classifier)
+            self._loaded = await _in_thread_that_may_be_left(self.load_classifier)
             self.metrics.know_exits(self._loaded.model.config.exit_layers)
             self._apply(self.settings)
             await self._probe()
@@ -343,6 +346,8 @@ class Service:
             raise self._draining()
         if not self.is_ready:
             raise self._not_ready()
+        if self._batching.done():
+            raise Refusal(503, "unhealthy", f"The batcher has ended: {self._batching.exception()!r}")
         if not self.is_healthy:
             try:
                 await asyncio.wait_for(self._probe(), self.settings.timeout_ms / 1e3)
@@ -542,7 +547,22 @@ class Service:
 
 
 def _tokens(encoding: dict[str, Any]) -> int:
-    return int(encoding["attention_mask"].sum())
+    return encoding["input_ids"].shape[1]  # with the padding that a request asks for
+
+
+def _in_thread_that_may_be_left(work: Callable[[], Any]) -> asyncio.Future:
+    """What `work` returns; the process may end before, for which it would wait for a thread of an executor."""
+    outcome = Future()
+
+    def settle() -> None:
+        if outcome.set_running_or_notify_cancel():
+            try:
+                outcome.set_result(work())
+            except BaseException as error:  # to whoever waits
+                outcome.set_exception(error)
+
+    threading.Thread(target=settle, name="loader", daemon=True).start()
+    return asyncio.wrap_future(outcome)
 
 
 def _encode(
