@@ -7,8 +7,10 @@ It stands outside the package because `import gaml_hf` takes seconds: `--help` a
 import argparse
 import re
 import sys
-from collections.abc import Collection, Sequence
+import traceback
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 
 # What functions call otherwise than the command line does.
@@ -89,8 +91,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             progress=not options.no_progress,
             **{name: value for name, value in arguments.items() if value is not None},
         )
-    except (ValueError, OSError, ImportError) as error:
-        parser.error(_in_words_of_the_command(str(error), vars(options)))
+    except Exception as error:  # whatever it is: 1 would say that there are predictions
+        if not isinstance(error, (ValueError, OSError, ImportError)):
+            traceback.print_exc()
+        parser.error(_in_words_of_the_command(str(error) or type(error).__name__, vars(options)))
     print(f"{counts['rows']} rows, {counts['skipped']} of them skipped; predictions in {options.output}")
     return int(counts["skipped"] > 0)
 
@@ -117,6 +121,8 @@ def _wrong_model(model: str, is_export: bool) -> str | None:
     """What is wrong with the name of a model, as far as its config, which is all that is fetched here, can tell."""
     folder, needed = Path(model), "a checkpoint folder" + ("" if is_export else ", or a checkpoint's name on the Hub")
     if folder.is_dir():
+        if not is_export and (folder / "embeddings.onnx").is_file():
+            return f"`--model` is an export to ONNX. Got `{model}` without `--onnx`."
         if (folder / "config.json").is_file():
             return None
         return f"`--model` must be {needed}. Got `{model}`, a folder without `config.json`."
@@ -134,12 +140,12 @@ def _wrong_model(model: str, is_export: bool) -> str | None:
     return None
 
 
-def _in_words_of_the_command(message: str, options: Collection[str]) -> str:
-    """The arguments that an error names, under the names that the command line has for them."""
+def _in_words_of_the_command(message: str, options: Mapping[str, Any]) -> str:
+    """The arguments that an error names, under the names that the command line has for them, where they were given."""
 
     def renamed(found: re.Match) -> str:
         name = NAMES.get(found[1], found[1])
-        return f"`--{name}" if name in options else found[0]
+        return f"`--{name}" if options.get(name) is not None else found[0]
 
     return re.sub(r"`(\w+)(?=[=`])", renamed, message)
 

@@ -606,6 +606,7 @@ def test_the_handler_keeps_the_contract_of_inference_endpoints(folder, model, to
         ({"exit_policy": "patience"}, "`exit_policy` must be an object"),
         ({"top_k": 0}, "`top_k` must be a whole number"),
         ({"on_error": "ignore"}, "`on_error` must be one of"),
+        ({"num_workers": 24}, "`num_workers` would start processes"),
     ],
 )
 def test_the_handler_names_a_bad_parameter(folder, parameters, sentence):

@@ -352,6 +352,14 @@ def test_the_command_line_prepacks(folder, classifier, tmp_path, monkeypatch):
     assert_answers(read(target), one_by_one(classifier, TEXTS, **PATIENCE))
 
 
+def test_weights_that_cannot_be_prepacked_are_taken_as_they_are(folder, tmp_path, caplog):
+    GamlBertForSequenceClassification.from_pretrained(folder).half().save_pretrained(folder)
+    source, target = write(tmp_path / "in.csv", TEXTS[:3]), tmp_path / "out.jsonl"
+    assert command(folder, source, target, "--prepack") == 0
+    assert "Not prepacked: `prepack` needs a model" in caplog.text
+    assert [prediction["error"] for prediction in read(target)] == [None] * 3
+
+
 def test_every_option_tells_its_default():
     actions = {action.dest: action for action in make_parser()._actions if action.dest != "help"}
     parameters = inspect.signature(score_file).parameters
@@ -409,6 +417,7 @@ print(sorted({{"torch", "transformers", "datasets", "gaml_hf"}} & sys.modules.ke
         (["--onnx", "--prepack"], "`--prepack` is for a checkpoint"),
         (["--num_threads", "0"], "`--num_threads` must be at least 1. Got `--num_threads 0`."),
         (["--device", "gpu"], "`--device` must be one that PyTorch has here, such as cpu or cuda:0. Got `gpu`: "),
+        (["--device", "meta"], "`--device` must be one that PyTorch has here, such as cpu or cuda:0. Got `meta`: "),
         (["--prepack", "--device", "cuda"], "`--device` must be cpu with `--prepack`. Got `--device cuda`."),
         (["--exit_threshold", "0.5"], "name the strategy you want"),
         (["--on_error", "raise"], "Row 1: `text` must hold more than blanks"),
@@ -424,6 +433,65 @@ def test_errors_of_the_command_line(folder, tmp_path, monkeypatch, capsys, more,
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.csv", "in.txt", "model"]
+
+
+@mark.parametrize("num_proc", [1, 2])
+@mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"exit_strategy": "entropy", "exit_threshold": 2.0}, "`exit_threshold` must lie in [0, 1]"),
+        ({"exit_layers": [1, 9]}, "`exit_layers`"),
+        ({"hidden_act": "foo"}, "cannot be loaded: KeyError: 'foo'"),
+    ],
+)
+def test_a_broken_config_is_told_and_the_old_file_stays(folder, tmp_path, capsys, changes, message, num_proc):
+    """1 would say that there are predictions, and that some rows have none."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    target = tmp_path / "out.csv"
+    target.write_text("old")
+    with raises(SystemExit) as exit_:
+        command(folder, write(tmp_path / "in.csv", TEXTS[:2]), target, "--num_proc", str(num_proc))
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error.splitlines()[-1]
+    assert "--exit_threshold" not in error.splitlines()[-1]  # which nobody gave
+    assert "Traceback" not in error
+    assert target.read_text() == "old"
+
+
+@mark.skipif(os.name == "nt", reason="no SIGKILL there")
+def test_a_process_that_is_killed_is_told_and_the_old_file_stays(folder, tmp_path, capsys, monkeypatch):
+    target = tmp_path / "out.csv"
+    target.write_text("old")
+    monkeypatch.setattr(scoring, "_score_chunk", _die)
+    with raises(SystemExit) as exit_:
+        command(folder, write(tmp_path / "in.csv", TEXTS), target, "--num_proc", "2")
+    assert exit_.value.code == 2
+    assert "One of the `num_proc` processes was killed" in capsys.readouterr().err.replace("--num_proc", "num_proc")
+    assert target.read_text() == "old"
+
+
+def _die(*args):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_whatever_goes_wrong_nothing_was_written(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(scoring, "_score_windows", lambda *args: 1 / 0)
+    with raises(SystemExit) as exit_:
+        command(folder, write(tmp_path / "in.csv", TEXTS), tmp_path / "out.csv")
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert "Traceback" in error
+    assert error.endswith("gaml-score: error: division by zero\n")
+    assert not (tmp_path / "out.csv").exists()
+
+
+def test_an_export_without_the_option(classifier, tmp_path, capsys):
+    export_onnx(classifier.model, tmp_path / "onnx", tokenizer=classifier.tokenizer)
+    with raises(SystemExit):
+        command(tmp_path / "onnx", write(tmp_path / "in.csv", TEXTS), tmp_path / "out.csv")
+    assert "`--model` is an export to ONNX. Got `" in capsys.readouterr().err
 
 
 def test_a_plain_checkpoint_is_not_asked(folder, bert_kwargs, tokenizer, tmp_path, monkeypatch, capsys):

@@ -42,4 +42,6 @@ class EndpointHandler:
             raise ValueError(
                 f'`parameters` must be a dictionary, such as {{"patience": 3}}. Got `parameters={parameters!r}`.'
             )
+        if "num_workers" in parameters:
+            raise ValueError("`num_workers` would start processes, which is not for a request to say: leave it out.")
         return self.pipeline(inputs if isinstance(inputs, list) else [inputs], **parameters)

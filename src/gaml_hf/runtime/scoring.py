@@ -11,11 +11,13 @@ window is held in memory, however long the file.
 
 import csv
 import json
+import logging
 import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import cache
 from itertools import islice
@@ -42,6 +44,8 @@ from .ort import GamlOrtModelForSequenceClassification
 
 if TYPE_CHECKING:
     from .ray_scoring import RayEngine
+
+logger = logging.getLogger(__name__)
 
 WINDOW = 4096  # rows
 TEXTS = ("text", "text_pair")  # what the pipeline calls the text columns
@@ -179,6 +183,7 @@ def score_file(
 
     Raises:
         ValueError: as in [`score_rows`]; a file is missing, of another kind, or cannot be read or written.
+        OSError: one of several processes was killed.
     """
     _check_arguments(text_columns, batch_size, window, on_error)
     if type(num_proc) is not int or num_proc < 1:
@@ -239,12 +244,22 @@ def _score_in_processes(
                     waiting.append(pool.submit(_score_chunk, chunk, start, text_columns, batch_size, arguments))
                     start += len(chunk)
                 if not chunk or len(waiting) == 2 * num_proc:
-                    for prediction in waiting.popleft().result():
+                    for prediction in _result(waiting.popleft()):
                         if on_error == "raise" and prediction["error"] is not None:
                             raise ValueError(f"Row {prediction['row']}: {prediction['error']}")
                         yield prediction
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _result(future: Future) -> list[dict[str, Any]]:
+    try:
+        return future.result()
+    except BrokenProcessPool as error:
+        raise OSError(
+            "One of the `num_proc` processes was killed, by the system for want of memory perhaps. Take fewer, or a "
+            "smaller `batch_size`. Nothing was written."
+        ) from error
 
 
 def _keep(load_classifier: Callable[[], GamlTextClassificationPipeline]) -> None:
@@ -302,11 +317,27 @@ class ClassifierLoader(NamedTuple):
     prepack: bool = False
 
     def __call__(self) -> GamlTextClassificationPipeline:
+        """
+        The pipeline.
+
+        Raises:
+            ValueError: `device` is not there, or the model cannot be loaded.
+            OSError, ImportError: a file of the model, or a package that it needs, is missing.
+        """
+        try:
+            return self._load()
+        except (ValueError, OSError, ImportError):
+            raise
+        except Exception as error:  # a config of wrong values, and what not; some of them could not be pickled
+            reason = " ".join(str(error).split()) or "no reason given"
+            raise ValueError(f"`{self.model}` cannot be loaded: {type(error).__name__}: {reason}") from error
+
+    def _load(self) -> GamlTextClassificationPipeline:
         if self.num_threads is not None:
             torch.set_num_threads(self.num_threads)
         if self.device is not None:
             try:
-                torch.empty(0, device=self.device)
+                torch.ones(1, device=self.device).item()  # "meta" can be allocated, and holds nothing
             except (RuntimeError, AssertionError) as error:
                 raise ValueError(
                     f"`device` must be one that PyTorch has here, such as cpu or cuda:0. Got `{self.device}`: "
@@ -322,7 +353,10 @@ class ClassifierLoader(NamedTuple):
                     "new, and answer at random. Train them first, by run_glue_gaml.py or GamlTrainer."
                 )
         if self.prepack:
-            model = model.eval().prepack()
+            try:
+                model = model.eval().prepack()
+            except ValueError as error:  # float16, say
+                logger.warning(f"Not prepacked: {error} The model is as it was.")
         tokenizer = AutoTokenizer.from_pretrained(self.model, trust_remote_code=False)
         device = "cpu" if self.onnx or self.prepack else self.device
         return GamlTextClassificationPipeline(model=model, tokenizer=tokenizer, device=device)
