@@ -30,7 +30,7 @@ KNOBS = (
         None,
         "share of rows that may get another class than at full depth, at any load; needs a certificate (default: any)",
     ),
-    ("max_batch_tokens", int, 4096, "tokens that run together (default: %(default)s)"),
+    ("max_batch_tokens", int, 4096, "tokens that run together, with padding (default: %(default)s)"),
     ("max_concurrent_requests", int, 512, "requests beyond are refused with 429 (default: %(default)s)"),
     ("timeout_ms", float, 30_000.0, "a request without an answer by then gets 504, in ms (default: %(default)g)"),
     (

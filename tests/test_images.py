@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,7 @@ from gaml_hf import (
 )
 from gaml_hf.hub import check_checkpoint, save_checkpoint
 from gaml_hf.models.exiting_gaml import Budgeted, Entropy, MaxProb, Patience
+from gaml_hf.models.image_pipeline_gaml import GamlImageClassificationPipeline
 from gaml_hf.models.losses_gaml import exit_weights
 from gaml_hf.models.modeling_gaml_resnet import MixedPooling
 from gaml_hf.training.alignment import parameter_groups
@@ -360,6 +362,55 @@ def test_one_bad_image_costs_itself_alone(folder, tmp_path):
     assert [answer[0]["label"] is None for answer in answers] == [False, True, True, False]
     assert answers[0][0]["label"] == classifier(rows[0])[0]["label"]
     assert "`inputs[1]`" in answers[1][0]["error"]
+
+
+def test_an_array_is_the_image_that_it_holds(folder):
+    classifier = pipeline("image-classification", model=folder, trust_remote_code=True)
+    image = draw(1, (48, 40))
+    rgb = np.asarray(image)
+    expected = classifier.preprocess(image)["pixel_values"]
+    tensor = torch.tensor(rgb).permute(2, 0, 1)
+    same = [rgb, rgb.astype(np.int64), rgb.astype(np.float32), rgb / 255, tensor, tensor / 255, tensor.double()]
+    for values in [*same, np.dstack([rgb, np.full(rgb.shape[:2], 255, np.uint8)])]:
+        assert classifier.preprocess(values)["pixel_values"].equal(expected)
+    grey = image.convert("L")
+    expected = classifier.preprocess(grey.convert("RGB"))["pixel_values"]
+    for values in (np.asarray(grey), np.asarray(grey)[None], np.asarray(grey)[:, :, None] / 255):
+        assert classifier.preprocess(values)["pixel_values"].equal(expected)
+    assert classifier.preprocess(np.zeros((8, 8)))["pixel_values"].equal(
+        classifier.preprocess(Image.new("RGB", (8, 8)))["pixel_values"]
+    )
+
+
+@mark.parametrize(
+    ("values", "message"),
+    [
+        (np.zeros((0, 32, 3), np.uint8), "must have pixels, and 1, 3 or 4 channels, first or last. Got 0 x 32 x 3."),
+        (np.zeros((32, 32, 2), np.uint8), "Got 32 x 32 x 2."),
+        (
+            np.full((32, 32), -1),
+            "must hold numbers from 0 to 255, or fractions of that from 0.0 to 1.0. Got -1 to -1.",
+        ),
+        (np.full((32, 32), 256), "Got 256 to 256."),
+        (np.full((32, 32), np.nan), "Got nan to nan."),
+        (np.full((32, 32), "x"), "Got <U1."),
+        (np.zeros((32, 32), bool), "Got bool."),
+    ],
+)
+def test_an_array_that_is_no_image(folder, values, message):
+    classifier = pipeline("image-classification", model=folder, trust_remote_code=True)
+    with raises((TypeError, ValueError), match=re.escape(message)):
+        classifier(values)
+
+
+def test_a_bad_image_among_images_of_any_size(model, processor, tmp_path):
+    processor.do_resize = False
+    classifier = GamlImageClassificationPipeline(model=model, image_processor=processor)
+    rows = [draw(0, (48, 48)), "no.png", draw(1, (48, 48))]
+    with raises(ValueError, match="`on_error='skip'` needs images of one size: .* Got `batch_size=3`"):
+        classifier(rows, on_error="skip", batch_size=3)
+    assert [answer[0]["label"] is None for answer in classifier(rows, on_error="skip")] == [False, True, False]
+    assert len(classifier(rows[::2], batch_size=2)) == 2
 
 
 @mark.parametrize(

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 from transformers import ImageClassificationPipeline
 from transformers.image_utils import is_valid_image, load_image
@@ -45,7 +46,8 @@ class GamlImageClassificationPipeline(ExitPipelineMixin, ImageClassificationPipe
         batch_size, num_workers (`int`, *optional*): as in the stock pipeline.
 
     An image is a `PIL.Image`, an array or tensor, or a `str`: a path, a URL or base64. So where strings come from
-    strangers, open their images yourself.
+    strangers, open their images yourself. An array or tensor is of height and width, alone (grey) or with 1, 3 or 4
+    channels, first or last; its numbers are 0 to 255, or fractions of that from 0.0 to 1.0.
 
     Raises:
         ValueError: an argument is unknown, misspelt or out of range; an image cannot be read; the model's logits are
@@ -82,6 +84,13 @@ class GamlImageClassificationPipeline(ExitPipelineMixin, ImageClassificationPipe
             which reads and answers as it is consumed, for datasets, generators and iterators.
         """
         check_counts(kwargs)
+        batch_size = kwargs.get("batch_size") or self._batch_size or 1
+        on_error = kwargs.get("on_error") or self._preprocess_params.get("on_error")
+        if on_error == "skip" and batch_size > 1 and not getattr(self.image_processor, "do_resize", True):
+            raise ValueError(
+                "`on_error='skip'` needs images of one size: an image processor with `do_resize`, or `batch_size=1`. "
+                f"Got `batch_size={batch_size}`."
+            )
         if isinstance(inputs, (tuple, Iterator)) and not isinstance(inputs, GeneratorType):
             inputs = list(inputs) if isinstance(inputs, tuple) else (image for image in inputs)
         if isinstance(inputs, (list, Dataset, GeneratorType)):
@@ -106,23 +115,19 @@ class GamlImageClassificationPipeline(ExitPipelineMixin, ImageClassificationPipe
                     "an image must be a `PIL.Image`, an array, a tensor, or a `str` that is a path, a URL or base64. "
                     f"Got {shown(image)} ({type(image).__name__})."
                 )
-            if (dimensions := getattr(image, "ndim", 3)) not in (2, 3):
-                raise ValueError(
-                    "an array or a tensor must be one image, of 2 or 3 dimensions; give several as a list. "
-                    f"Got {dimensions} dimensions."
-                )
+            if isinstance(image, (np.ndarray, torch.Tensor)):
+                image = _image_of(image)
             pixel_values = self._pixels(image, timeout)
         except Exception as problem:  # of a decoder, the web or the image processor
             error = f"{name}: {problem}"
             if on_error == "raise":
                 raise (TypeError if isinstance(problem, TypeError) else ValueError)(error) from problem
             # The row keeps its place in the batch, with an empty image; the answer to it is never read.
-            pixel_values = self._pixels(np.zeros((32, 32, 3), dtype=np.uint8), None)
+            pixel_values = self._pixels(Image.new("RGB", (32, 32)), None)
         return {"pixel_values": pixel_values, "about": {"row": name, "error": error}}
 
     def _pixels(self, image: Any, timeout: float | None) -> torch.Tensor:
-        if not isinstance(image, (np.ndarray, torch.Tensor)):
-            image = load_image(image, timeout=timeout)  # also to RGB
+        image = load_image(image, timeout=timeout)  # also to RGB
         return self.image_processor(images=image, return_tensors="pt")["pixel_values"].to(self.dtype)
 
     def _forward(self, model_inputs, exit_policy=None) -> dict[str, Any]:
@@ -137,6 +142,32 @@ class GamlImageClassificationPipeline(ExitPipelineMixin, ImageClassificationPipe
         exit_layer = int(model_outputs["exit_layer"][0])
         answers = super().postprocess(model_outputs, function_to_apply=function_to_apply, top_k=top_k)
         return [{**answer, "exit_layer": exit_layer} for answer in answers]
+
+
+def _image_of(values: np.ndarray | torch.Tensor) -> Image.Image:
+    """The image that an array or a tensor holds, in RGB of 8 bits, as an image file has it."""
+    x = values.numpy(force=True) if isinstance(values, torch.Tensor) else values
+    if x.ndim not in (2, 3):
+        raise ValueError(
+            "an array or a tensor must be one image, of 2 or 3 dimensions; give several as a list. "
+            f"Got {x.ndim} dimensions."
+        )
+    if x.ndim == 3 and x.shape[0] in (1, 3, 4):  # as Transformers decides where both ends would do
+        x = np.moveaxis(x, 0, -1)
+    if x.size == 0 or (x.ndim == 3 and x.shape[2] not in (1, 3, 4)):
+        raise ValueError(
+            "an array or a tensor must have pixels, and 1, 3 or 4 channels, first or last. "
+            f"Got {' x '.join(map(str, values.shape))}."
+        )
+    if x.dtype.kind not in "uif" or not (x.min() >= 0 and x.max() <= 255):
+        raise ValueError(
+            "an array or a tensor must hold numbers from 0 to 255, or fractions of that from 0.0 to 1.0. "
+            + (f"Got {x.min()} to {x.max()}." if x.dtype.kind in "uif" else f"Got {x.dtype}.")
+        )
+    if x.dtype.kind == "f":
+        x = (x.astype(np.float64) * (255 if x.max() <= 1 else 1)).round()
+    x = x.astype(np.uint8)
+    return Image.fromarray(x[:, :, 0] if x.ndim == 3 and x.shape[2] == 1 else x).convert("RGB")
 
 
 __all__ = ["GamlImageClassificationPipeline"]
