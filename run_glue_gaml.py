@@ -13,6 +13,7 @@ kept; the exit policy is chosen there for the wanted speed-up; the validation se
 will be used.
 """
 
+import json
 import logging
 import os
 import shutil
@@ -21,6 +22,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import Dataset, DatasetDict, load_dataset
@@ -250,7 +252,7 @@ def main(argv: list[str] | None = None) -> dict:
     old_checkpoints, resume = what_to_resume(training_args)
     if training_args.do_train:
         gaml_args.settle_strategy("entropy")
-    gaml_args.check_promise()
+    gaml_args.check_policy()
     load_config(model_args, gaml_args, class_weights=None)  # before any row is read; the classes are not known yet
 
     data = read_data(model_args, data_args, training_args)
@@ -339,6 +341,8 @@ def read_data(model_args: ModelArguments, data_args: DataTrainingArguments, trai
         raise ValueError(f"The data must have the splits {sorted(needed)}. Got {sorted(sources)}.")
     splits = [*(["train"] if "train" in sources else []), *sorted(needed - {"train"})]
     columns = data_args.text_columns or (list(task.text_columns) if task else None)
+    if columns is None and not training_args.do_train:
+        columns = trained_columns(model_args.model_name_or_path, sources[splits[0]])
     if columns is None:
         columns = find_text_columns(sources[splits[0]], data_args.label_column)
     rows, names = DatasetDict(), {}
@@ -355,12 +359,21 @@ def read_data(model_args: ModelArguments, data_args: DataTrainingArguments, trai
     for split in splits:
         if label_names is None and names[split] is not None:
             label_names = known_classes(sources[split], data_args.label_column) or class_names(names[split])
-            if len(label_names) < 2:
+            if len(label_names) < 2 and training_args.do_train:  # a model that was trained has its own classes
                 raise ValueError(
                     f"The labels of the {split} split, column {data_args.label_column!r}, must be of at least two "
                     f"classes. Got {label_names}."
                 )
     return Data(task, eval_splits, test_splits, columns, rows, names, label_names)
+
+
+def trained_columns(model: str, source: Any) -> list[str] | None:
+    """The text columns that a model of this script was trained on, where its folder tells them and they are there."""
+    try:
+        columns = json.loads(Path(model, "run.json").read_text(encoding="utf-8"))["columns"]["text"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return columns if set(columns) <= set(source.column_names) else None
 
 
 def encode(
@@ -465,7 +478,7 @@ def evaluate_splits(
             score,
             main_metric,
             gaml_args.latency_rows,
-            flops=lambda exit_layer: flops_speed_up(trainer.model, exit_layer, lengths),
+            flops=lambda exit_layer, **how: flops_speed_up(trainer.model, exit_layer, lengths, **how),
             rows_of=lambda part, numbers: part.select(numbers).to_list(),
         )
 

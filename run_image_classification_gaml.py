@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None) -> dict:
     old_checkpoints, resume = script.what_to_resume(training_args)
     if training_args.do_train:
         gaml_args.settle_strategy("patience")  # Table 8
-    gaml_args.check_promise()
+    gaml_args.check_policy()
     make_config(model_args, gaml_args, class_weights=None)  # before any image is read; the classes are not known yet
 
     sources = open_splits(data_args, model_args, training_args)
@@ -275,7 +275,7 @@ def known_classes(sources: dict[str, ImageSource]) -> list[str] | None:
     for split, source in sources.items():
         if source.names is None:
             continue
-        if len(names := source.class_names()) < 2:
+        if len(names := source.class_names()) < 2 and split == "train":  # a trained model has its own classes
             raise ValueError(f"The {split} images must be of at least two classes. Got {names}.")
         return names
     return None
@@ -341,7 +341,7 @@ def evaluate(trainer: script.GamlTrainer, part: ImageRows, gaml_args: GamlArgume
         accuracy,
         "accuracy",
         gaml_args.latency_rows,
-        flops=lambda exit_layer: image_flops_speed_up(trainer.model, exit_layer, part.image_size),
+        flops=lambda exit_layer, **how: image_flops_speed_up(trainer.model, exit_layer, part.image_size, **how),
         rows_of=lambda part, numbers: part.__getitems__(numbers),
     )
 

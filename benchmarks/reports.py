@@ -426,15 +426,22 @@ def table3(results: Results) -> str:
                 ("last exit", lambda r: exit_score(r, r["layers"])),
                 ("entropy at 1.9x", score_at),
             ):
-                by_alpha = {a: [value(r) for r in only(results, task=task, system=system, alpha=a)] for a in ALPHAS}
-                means = [np.mean(values) for values in by_alpha.values() if values]
-                rows.append(
-                    [system, kind, *(spread(v) for v in by_alpha.values()), f"{np.ptp(means):.1f}" if means else ""]
-                )
+                by_alpha = {
+                    a: {r["run"]["seed"]: value(r) for r in only(results, task=task, system=system, alpha=a)}
+                    for a in ALPHAS
+                }
+                # Of the seeds that all α have: else the range would be of seeds too.
+                run = [by_seed for by_seed in by_alpha.values() if by_seed]
+                seeds = set.intersection(*(set(by_seed) for by_seed in run)) if run else set()
+                means = [np.mean([by_seed[seed] for seed in seeds]) for by_seed in run] if seeds else []
+                scores = [spread(list(by_seed.values())) for by_seed in by_alpha.values()]
+                rows.append([system, kind, *scores, f"{np.ptp(means):.1f}" if means else ""])
             if task == "cola":
                 paper = PAPER_TABLE_3[system]
                 rows.append([system, "paper (BERT-base, at 2x)", *paper, f"{max(paper) - min(paper):.1f}"])
-        blocks.append(f"### {task}\n\n" + table(["system", "score", *(f"α {a}" for a in ALPHAS), "range"], rows))
+        blocks.append(
+            f"### {task}\n\n" + table(["system", "score", *(f"α {a}" for a in ALPHAS), "range, same seeds"], rows)
+        )
     return "\n".join(blocks)
 
 

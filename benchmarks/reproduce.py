@@ -228,8 +228,8 @@ def backbone_name(options: argparse.Namespace) -> str:
 
 def winner(task_name: str, system: str, options: argparse.Namespace) -> dict | None:
     """
-    The combination with the best mean over folds of the mean over exits, among those with all folds done: of the same
-    encoder, exits, rows, epochs and whatever else the options say.
+    The combination with the best mean over folds of the mean over exits, among those with all folds of a seed
+    done: of the same encoder, exits, rows, epochs and whatever else the options say.
     """
     wanted = {"task": task_name, "system": system, "backbone": backbone_name(options)}
     wanted |= {name: EXITS[options.exits].get(name, getattr(Run, name)) for name in LEARNING}
@@ -237,14 +237,17 @@ def winner(task_name: str, system: str, options: argparse.Namespace) -> dict | N
         name: getattr(options, name) for name in ("epochs", "max_train_rows", "bf16", "early_stopping_patience")
     }
     wanted |= {"ga_granularity": options.ga_granularity or Run.ga_granularity}
-    scores = defaultdict(list)
+    scores = defaultdict(lambda: defaultdict(dict))  # by seed and fold
     for result in ledger(options.ledger, "*-fold*.json"):
         run = result["run"]
         # A run of a time without these fields has the paper's exits.
         if all(run.get(name, getattr(Run, name, None)) == value for name, value in wanted.items()):
             key = tuple(run[name] for name in ("learning_rate", "batch_size", "warmup_epochs", "alpha", "folds"))
-            scores[key].append(result["exit_mean"])
-    complete = {key: statistics.mean(values) for key, values in scores.items() if len(values) == key[-1]}
+            scores[key][run["seed"]][run["fold"]] = result["exit_mean"]
+    complete = {}
+    for key, seeds in scores.items():
+        if done := [value for folds in seeds.values() if len(folds) == key[-1] for value in folds.values()]:
+            complete[key] = statistics.mean(done)
     if not complete:
         return None
     best = max(complete, key=complete.get)

@@ -377,6 +377,7 @@ def test_flops_speed_up_by_hand(build, exit_pooler, exit_flops, attn_implementat
     assert flops_speed_up(model, [1], [7]) == approx(full / (layer_flops(7) + exit_flops), rel=1e-12)
     # Full depth runs three exits more than plain BERT: a speed-up just below 1.
     assert flops_speed_up(model, [4], [7]) == approx(full / (full + 3 * exit_flops), rel=1e-12)
+    assert flops_speed_up(model, [4], [7], one_exit=True) == approx(1, rel=1e-12)
     # Totals, so that a long row counts for more.
     full += 4 * layer_flops(30) + exit_flops
     run = 4 * layer_flops(7) + 4 * exit_flops + 2 * layer_flops(30) + 2 * exit_flops

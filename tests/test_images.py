@@ -34,6 +34,7 @@ from gaml_hf import (
     GamlResNetForImageClassification,
     GamlTrainer,
 )
+from gaml_hf.data.images import ImageRows, ImageSource
 from gaml_hf.hub import check_checkpoint, save_checkpoint
 from gaml_hf.models.exiting_gaml import Budgeted, Entropy, MaxProb, Patience
 from gaml_hf.models.image_pipeline_gaml import GamlImageClassificationPipeline
@@ -401,6 +402,17 @@ def test_an_array_that_is_no_image(folder, values, message):
     classifier = pipeline("image-classification", model=folder, trust_remote_code=True)
     with raises((TypeError, ValueError), match=re.escape(message)):
         classifier(values)
+
+
+def test_an_image_of_16_bits_is_not_cut_off(folder, processor, tmp_path):
+    deep = Image.fromarray(np.full((32, 32), 30_000, np.uint16))
+    deep.save(tmp_path / "deep.png")
+    classifier = pipeline("image-classification", model=folder, trust_remote_code=True)
+    for image in (deep, str(tmp_path / "deep.png"), Image.new("F", (32, 32))):
+        with raises(ValueError, match="an image must have 8 bits a channel. Got mode"):
+            classifier(image)
+    with raises(ValueError, match="an image must have 8 bits a channel. Got mode 'I;16'"):
+        ImageRows(ImageSource(1, lambda number: deep, lambda number: "deep.png"), processor)
 
 
 def test_a_bad_image_among_images_of_any_size(model, processor, tmp_path):

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -22,6 +23,7 @@ import run_glue_gaml
 from gaml_hf import PAPER_LETTER, GamlBertConfig, GamlBertForSequenceClassification
 from gaml_hf.evaluation.glue import GLUE_TASKS
 from gaml_hf.hub import check_checkpoint, save_checkpoint
+from gaml_hf.models import exiting_gaml
 from gaml_hf.models.handler import EndpointHandler
 from gaml_hf.runtime.ort import export_onnx
 from gaml_hf.runtime.scoring import ClassifierLoader, score_file
@@ -514,6 +516,108 @@ def test_a_policy_by_what_it_may_cost(common, files, tmp_path, capsys):
     again[again.index("--output_dir") + 1] = str(tmp_path / "again")
     assert run_glue_gaml.main(again)["evaluation"]["validation"]["policy"]["observed_risk"] == policy["observed_risk"]
     assert line in capsys.readouterr().out
+
+
+def test_a_later_run_keeps_what_is_known_of_the_training(common, files, tmp_path, caplog):
+    out, notes = tmp_path / "out", "# My notes\n"
+    out.mkdir()
+    (out / "README.md").write_text(notes)
+    run_glue_gaml.main([*common, *with_files(files, "train"), "--do_train", "--max_steps", "2"])
+    assert (out / "README.old.md").read_text() == notes
+    first, card = json.loads((out / "run.json").read_text()), (out / "README.md").read_text()
+    assert "fine-tuned from" in card
+    # Other columns than those of the training are no texts, and rows of one class are no error.
+    rows = [{"sentence": "a good film", "comment": "no text of these", "label": "positive"}] * 3
+    path = write_csv(tmp_path / "later.csv", rows)
+    again = [*common, "--validation_file", path, "--test_file", path, "--do_eval", "--do_predict"]
+    run = run_glue_gaml.main([*again, "--model_name_or_path", str(out)])
+    assert run["columns"]["text"] == ["sentence"]
+    second = json.loads((out / "run.json").read_text())
+    assert (second["train_metrics"], second["log_history"]) == (first["train_metrics"], first["log_history"])
+    assert second["evaluation"]["validation"]["rows"] == 3
+    words = [*common, *with_files(files, "train", "validation"), "--do_eval", "--model_name_or_path", str(out)]
+    run_glue_gaml.main([*words, "--exit_strategy", "max_prob"])  # which is chosen anew
+    assert "fine-tuned from" not in (out / "README.md").read_text()  # by this run, it was not
+
+
+@mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["nofile.json"], "The file of arguments cannot be read: .*nofile.json"),
+        (["broken.json"], "The file of arguments cannot be read"),
+        (["list.json"], "`list.json` must hold names and values of arguments. Got a list."),
+        (["typo.json"], "`--do_trian` is not an argument of this script. Did you mean `--do_train`?"),
+        (
+            ["--lerning_rate", "1"],
+            "`--lerning_rate` is not an argument .* Did you mean `--learning_rate`?",
+        ),
+        (["--save_strategy", "no"], "load_best_model_at_end"),
+        (["--model_name_or_path", "./nope"], "nope"),
+        (["--model_name_or_path", "no/where"], "connect to|no/where"),
+    ],
+)
+def test_slips_of_the_command_line_are_told_in_a_sentence(common, files, tmp_path, monkeypatch, words, sentence):
+    monkeypatch.chdir(tmp_path)
+    for name, text in (("broken", "{"), ("list", "[1]"), ("typo", '{"do_trian": true}')):
+        Path(f"{name}.json").write_text(text)
+    argv = [*words, *common, *with_files(files, "train"), "--do_train"]
+    if "--model_name_or_path" in words:
+        argv = [*common, *with_files(files, "train"), "--do_train", *words]
+    monkeypatch.setattr(sys, "argv", ["run_glue_gaml.py", *argv])
+    assert re.search(sentence, run_glue_gaml.command())
+
+
+def test_a_class_may_have_any_name(tmp_path):
+    script.write_predictions(tmp_path / "p.tsv", np.eye(2), np.array([1, 2]), ["good\tvery", "bad\nno"])
+    read = pd.read_csv(tmp_path / "p.tsv", sep="\t")
+    assert read["prediction"].tolist() == ["good\tvery", "bad\nno"]
+    assert read["exit_layer"].tolist() == [1, 2]
+
+
+def test_a_training_without_evaluation(common, files):
+    words = [*common, *with_files(files, "train"), "--do_train", "--max_steps", "2", "--eval_strategy", "no"]
+    assert run_glue_gaml.main([*words, "--load_best_model_at_end", "False"])["global_step"] == 2
+
+
+def test_a_promise_of_a_checkpoint_that_was_there_before(common, files, tmp_path, caplog):
+    """Its training file may have trained it, which no row tells."""
+    words = [*common, *with_files(files, "train"), "--do_train", "--max_steps", "2"]
+    run_glue_gaml.main(words)
+    assert "holds only if these rows had no part" not in caplog.text
+    words = [
+        *common,
+        *with_files(files, "train", "validation"),
+        "--do_eval",
+        "--model_name_or_path",
+        str(tmp_path / "out"),
+    ]
+    run_glue_gaml.main([*words, *"--exit_strategy entropy --holdout_fraction 0.5 --max_loss 0.4".split()])
+    assert "holds only if these rows had no part in making this checkpoint" in caplog.text
+
+
+def test_a_strategy_of_ones_own_with_a_parameter(common, files, monkeypatch):
+    class Margin(exiting_gaml.ExitPolicy):
+        name, parameter = "margin", "exit_threshold"
+
+        def __init__(self, exit_threshold):
+            self.exit_threshold = exit_threshold
+
+        @classmethod
+        def from_config(cls, config):
+            return cls(config.exit_threshold)
+
+        def should_exit(self, exit_logits):
+            first, second = exit_logits[:, -1].softmax(dim=-1).topk(2, dim=-1).values.T
+            return first - second > self.exit_threshold
+
+    monkeypatch.setitem(exiting_gaml.EXIT_POLICIES, "margin", Margin)
+    words = [*common, *with_files(files, "train", "validation"), "--do_train", "--do_eval", "--max_steps", "2"]
+    for more in ((), ("--max_loss", "0.4")):
+        with raises(ValueError, match="`exit_threshold` must be given with `exit_strategy='margin'`"):
+            run_glue_gaml.main([*words, "--exit_strategy", "margin", *more])
+    evaluation = run_glue_gaml.main([*words, "--exit_strategy", "margin", "--exit_threshold", "0.1"])["evaluation"]
+    assert evaluation["validation"]["policy"]["exit_strategy"] == "margin"
+    assert evaluation["validation"]["curves"].keys() == {"budgeted", "patience", "entropy", "max_prob"}
 
 
 def test_a_promise_that_no_row_could_support(common, files):

@@ -258,3 +258,4 @@ def test_multiply_adds_of_resnet_56():
     early = stem + sum(layers[:18]) + sum(exits[m] for m in range(1, 19))
     full = stem + sum(layers) + sum(exits.values())
     assert image_flops_speed_up(model, [18, 27], (32, 32)) == approx(2 * total / (early + full))
+    assert image_flops_speed_up(model, [27], (32, 32), one_exit=True) == approx(1)

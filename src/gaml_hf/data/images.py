@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from gaml_hf.models.exiting_gaml import shown
+from gaml_hf.models.image_pipeline_gaml import check_mode
 
 from .files import class_names, column_values, known_classes, row_class_names
 
@@ -186,7 +187,9 @@ class ImageRows(Dataset):
     def _open(self, number: int) -> Tensor:
         """An image before it is normalized, `(channels, height, width)` in uint8."""
         try:
-            image = ImageOps.exif_transpose(self.source.open_image(number)).convert("RGB")
+            image = self.source.open_image(number)
+            check_mode(image)
+            image = ImageOps.exif_transpose(image).convert("RGB")
             return self.processor(image, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"][0]
         except Exception as error:  # of a decoder
             raise ValueError(f"{self.source.name_of(number)} must be an image. It cannot be read: {error}") from error

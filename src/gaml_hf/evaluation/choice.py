@@ -195,6 +195,13 @@ def policy_fields(exit_strategy: str, parameter: int | float | None) -> dict[str
     return {"exit_strategy": exit_strategy} | ({} if name is None else {name: parameter})
 
 
+def has_candidates(exit_strategy: str) -> bool:
+    """Whether [`sweep`] knows by itself what to try: of a strategy with a parameter, only where it is one of ours."""
+    return exit_strategy in ("budgeted", "patience", "entropy", "max_prob") or (
+        policy_class(exit_strategy).parameter is None
+    )
+
+
 def _parameter_values(exit_strategy: str, exit_logits: Tensor, config: Any) -> list[Any]:
     """What to try, in rising order."""
     if exit_strategy == "budgeted":

@@ -40,7 +40,11 @@ def layer_speed_up(exit_layer: np.ndarray | Tensor | Sequence[int], num_hidden_l
 
 
 def flops_speed_up(
-    model: PreTrainedModel, exit_layer: np.ndarray | Tensor | Sequence[int], lengths: np.ndarray | Sequence[int]
+    model: PreTrainedModel,
+    exit_layer: np.ndarray | Tensor | Sequence[int],
+    lengths: np.ndarray | Sequence[int],
+    *,
+    one_exit: bool = False,
 ) -> float:
     """
     Speed-up in FLOPs: plain BERT's (all layers, the last exit alone) over those of the layers and exits that ran.
@@ -55,6 +59,7 @@ def flops_speed_up(
         exit_layer (`np.ndarray`, `torch.Tensor` or `list[int]`, of shape `(num_rows,)`):
             The layer at which each row left, one of `config.exit_layers`.
         lengths (`np.ndarray` or `list[int]` of shape `(num_rows,)`): tokens of each row, [CLS] and [SEP] included.
+        one_exit (`bool`): whether the policy is of fixed depth, `"none"` or `"budgeted"`, for which one exit runs.
 
     Returns:
         `float`: total over total, as `layer_speed_up`.
@@ -75,12 +80,16 @@ def flops_speed_up(
     distinct, row_length = np.unique(lengths, return_inverse=True)
     costs = np.array(_layer_and_exit_flops(model, distinct.tolist()), dtype=np.float64)  # (num_lengths, 2)
     layer, exit_ = costs[row_length].T
-    exits_run = np.searchsorted(config.exit_layers, exit_layer, side="right")
+    exits_run = 1 if one_exit else np.searchsorted(config.exit_layers, exit_layer, side="right")
     return float((config.num_hidden_layers * layer + exit_).sum() / (exit_layer * layer + exits_run * exit_).sum())
 
 
 def image_flops_speed_up(
-    model: PreTrainedModel, exit_layer: np.ndarray | Tensor | Sequence[int], image_size: tuple[int, int]
+    model: PreTrainedModel,
+    exit_layer: np.ndarray | Tensor | Sequence[int],
+    image_size: tuple[int, int],
+    *,
+    one_exit: bool = False,
 ) -> float:
     """
     Speed-up in FLOPs of a model on images: the plain network's (all layers, the last exit alone) over those of the
@@ -91,6 +100,7 @@ def image_flops_speed_up(
         exit_layer (`np.ndarray`, `torch.Tensor` or `list[int]`, of shape `(num_rows,)`):
             The layer at which each image left, one of `config.exit_layers`.
         image_size (`tuple[int, int]`): height and width of the images, as the model gets them.
+        one_exit (`bool`): whether the policy is of fixed depth, `"none"` or `"budgeted"`, for which one exit runs.
 
     Returns:
         `float`: total over total, as `layer_speed_up`.
@@ -99,7 +109,8 @@ def image_flops_speed_up(
     exit_layer = check_exit_layer(exit_layer, config.exit_layers)
     stem, layers, exits = image_flops(model, image_size)
     to_exit = stem + np.cumsum(layers)  # of the plain network up to each layer
-    early = np.cumsum([exits[m] for m in config.exit_layers])  # of the exits up to each
+    early = np.array([exits[m] for m in config.exit_layers])
+    early = early if one_exit else np.cumsum(early)  # of the exits up to each
     ran = to_exit[exit_layer - 1] + early[np.searchsorted(config.exit_layers, exit_layer)]
     return float(len(exit_layer) * (to_exit[-1] + exits[config.exit_layers[-1]]) / ran.sum())
 

@@ -1,5 +1,6 @@
 """The image-classification pipeline with exits: the stock one, plus where each image left, and a say in it."""
 
+import os
 from collections.abc import Iterator
 from types import GeneratorType
 from typing import Any
@@ -117,6 +118,11 @@ class GamlImageClassificationPipeline(ExitPipelineMixin, ImageClassificationPipe
                 )
             if isinstance(image, (np.ndarray, torch.Tensor)):
                 image = _image_of(image)
+            elif isinstance(image, Image.Image):
+                check_mode(image)
+            elif isinstance(image, str) and os.path.isfile(image):
+                with Image.open(image) as file:
+                    check_mode(file)
             pixel_values = self._pixels(image, timeout)
         except Exception as problem:  # of a decoder, the web or the image processor
             error = f"{name}: {problem}"
@@ -142,6 +148,14 @@ class GamlImageClassificationPipeline(ExitPipelineMixin, ImageClassificationPipe
         exit_layer = int(model_outputs["exit_layer"][0])
         answers = super().postprocess(model_outputs, function_to_apply=function_to_apply, top_k=top_k)
         return [{**answer, "exit_layer": exit_layer} for answer in answers]
+
+
+def check_mode(image: Image.Image) -> None:
+    """Refuse more than 8 bits a channel: made RGB, such an image would be cut off at 255, and be white, or black."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        raise ValueError(
+            f"an image must have 8 bits a channel. Got mode {image.mode!r}, of more: scale its numbers to 0 to 255."
+        )
 
 
 def _image_of(values: np.ndarray | torch.Tensor) -> Image.Image:

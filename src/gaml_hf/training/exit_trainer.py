@@ -201,6 +201,11 @@ class ExitTrainer(RobustTrainer):
     def _refuse_unsupported(self) -> None:
         super()._refuse_unsupported()
         config = self.model.config
+        if not hasattr(config, "exit_layers"):
+            raise ValueError(
+                "`model` must be one with exits: load it by `GamlAutoModelForSequenceClassification.from_pretrained`. "
+                f"Got a {type(self.model).__name__}."
+            )
         if config.kd_temperature_growth > 1 and self.args.n_gpu > 1:
             raise ValueError(
                 "`kd_temperature_growth` above 1 does not work with nn.DataParallel, whose copies of the model do not "

@@ -3,6 +3,9 @@ What the scripts `run_glue_gaml.py` and `run_image_classification_gaml.py` share
 training, and the steps that do not ask what a row is.
 """
 
+import contextlib
+import csv
+import difflib
 import json
 import logging
 import math
@@ -22,6 +25,7 @@ import numpy as np
 import torch
 import transformers
 import yaml
+from huggingface_hub.errors import HFValidationError
 from transformers import EarlyStoppingCallback, HfArgumentParser, TrainerCallback, TrainingArguments, set_seed
 
 from gaml_hf.evaluation import (
@@ -45,11 +49,12 @@ from gaml_hf.evaluation import (
     sweep,
     warn_of_one_class,
 )
+from gaml_hf.evaluation.choice import has_candidates
 from gaml_hf.hub import TOLD_ARGUMENTS, TOLD_FIELDS, push_checkpoint, save_checkpoint
 from gaml_hf.hub.folders import training_checkpoints
 from gaml_hf.models.configuration_gaml import PAPER_LETTER, GamlConfigMixin
 from gaml_hf.models.engine_gaml import bfloat16_cost
-from gaml_hf.models.exiting_gaml import EXIT_POLICIES
+from gaml_hf.models.exiting_gaml import EXIT_POLICIES, policy_from_config
 from gaml_hf.models.pipeline_gaml import EXIT_FIELDS, changed_exits
 
 from .trainer import GamlTrainer
@@ -209,7 +214,7 @@ class GamlArguments:
     def policy_is_open(self) -> bool:
         """Whether the strategy's parameter is still to be chosen."""
         parameter = getattr(EXIT_POLICIES.get(self.exit_strategy), "parameter", None)
-        return parameter is not None and getattr(self, parameter) is None
+        return parameter is not None and getattr(self, parameter, None) is None
 
     def settle_strategy(self, usual: str) -> None:
         """Where none is named: the one whose parameter is given, the paper's by its letter (Sec. 6.5), or `usual`."""
@@ -218,8 +223,15 @@ class GamlArguments:
             given = {name: getattr(self, name) for name in EXIT_FIELDS}
             self.exit_strategy = changed_exits({"exit_strategy": usual}, given)["exit_strategy"]
 
-    def check_promise(self) -> None:
-        """Refuse `max_loss` where there is no parameter for it to choose."""
+    def check_policy(self) -> None:
+        """Before the training: refuse a parameter that nobody could choose, and `max_loss` without one to choose."""
+        if self.policy_is_open and not has_candidates(self.exit_strategy):
+            parameter = EXIT_POLICIES[self.exit_strategy].parameter
+            raise ValueError(
+                f"`{parameter}` must be given with `exit_strategy={self.exit_strategy!r}`, a strategy of yours: what "
+                "to choose it from is known of entropy, max_prob, patience and budgeted alone."
+                + ("" if hasattr(self, parameter) else f" Its parameter must be one of {', '.join(EXIT_FIELDS[1:])}.")
+            )
         if self.max_loss is not None and not self.policy_is_open:
             raise ValueError(
                 "`max_loss` chooses the parameter of an exit strategy: give an `exit_strategy` such as entropy, and "
@@ -244,7 +256,8 @@ class GamlTrainingArguments(TrainingArguments):
 
     eval_strategy: str = field(default="epoch", metadata={"help": "When the held-out rows are scored."})
     save_strategy: str = field(default="epoch", metadata={"help": "When a checkpoint is saved."})
-    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept beside the best one."})
+    # With 1, the last one goes at the end, and a resume could not tell that the training was over.
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept, the best among them."})
     load_best_model_at_end: bool = field(default=True, metadata={"help": "Keep the best checkpoint, not the last."})
     metric_for_best_model: str | None = field(
         default="exit_mean", metadata={"help": "What is best. Defaults to the mean score over the exits."}
@@ -272,7 +285,12 @@ def parse_arguments(argv: list[str], kinds: Sequence[type]) -> tuple[Any, ...]:
     parser = HfArgumentParser(kinds)
     if argv and argv[0].endswith((".json", ".yaml", ".yml")):
         # Turned into command-line words, so that what follows the file overrides it and both are checked alike.
-        recipe = yaml.safe_load(Path(argv[0]).read_text(encoding="utf-8"))  # JSON is YAML
+        try:
+            recipe = yaml.safe_load(Path(argv[0]).read_text(encoding="utf-8"))  # JSON is YAML
+        except (OSError, UnicodeError, yaml.YAMLError) as error:
+            raise ValueError(f"The file of arguments cannot be read: {error}") from error
+        if not isinstance(recipe, dict):
+            raise ValueError(f"`{argv[0]}` must hold names and values of arguments. Got a {type(recipe).__name__}.")
         words: list[str] = []
         for key, value in recipe.items():
             if isinstance(value, list) and not any(isinstance(item, list) for item in value):
@@ -280,7 +298,16 @@ def parse_arguments(argv: list[str], kinds: Sequence[type]) -> tuple[Any, ...]:
             elif value is not None:
                 words += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
         argv = words + argv[1:]
-    return parser.parse_args_into_dataclasses(args=argv)
+    try:
+        *parsed, unknown = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
+    except ValueError as error:  # of TrainingArguments: told as ours are
+        raise ValueError(str(error)) from error
+    if unknown:
+        options = [option for action in parser._actions for option in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], options, n=1)
+        meant = f" Did you mean `{near[0]}`?" if near else " `--help` lists all."
+        raise ValueError(f"`{unknown[0]}` is not an argument of this script.{meant}")
+    return tuple(parsed)
 
 
 def balanced_class_weights(labels: list[int], label_names: list[str]) -> list[float]:
@@ -367,6 +394,11 @@ def set_aside(
                     "Raise it or `max_loss`, or lower `confidence`."
                 )
             promise_rows = holdout_rows.select(range(num_choice, num_holdout))
+            if not training_args.do_train:
+                logger.warning(
+                    "What `max_loss` promises holds only if these rows had no part in making this checkpoint: neither "
+                    "trained on nor set aside then. Give others than its training file, or train with `max_loss`."
+                )
             holdout_rows = holdout_rows.select(range(num_choice))
     if holdout_rows is None:
         if training_args.do_train:
@@ -405,7 +437,8 @@ def make_trainer(
             config.class_weights = balanced_class_weights(train_rows["labels"][:], label_names)
         if config.class_weights is not None:
             logger.info("Weights of the classes: %s.", dict(zip(label_names, config.class_weights, strict=True)))
-        if holdout_rows is not None and training_args.early_stopping_patience > 0:
+        scores = holdout_rows is not None and training_args.eval_strategy != "no"
+        if scores and training_args.early_stopping_patience > 0:
             callbacks.append(EarlyStoppingCallback(early_stopping_patience=training_args.early_stopping_patience))
     if training_args.warmup_epochs is not None and train_rows is not None:
         batch = training_args.per_device_train_batch_size * max(training_args.n_gpu, 1) * training_args.world_size
@@ -511,6 +544,11 @@ def leave(trainer: GamlTrainer, processing_class: Any, run: dict, card: dict, is
     """Write `run.json` and, where model or policy are new, the checkpoint; push it where that is wanted."""
     args, output_dir = trainer.args, Path(trainer.args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
+    if not args.do_train:  # what is known of the training stays, and nothing is said of it that this run did not do
+        with contextlib.suppress(OSError, ValueError):
+            run = json.loads((output_dir / "run.json").read_text(encoding="utf-8")) | run
+        card = {name: value for name, value in card.items() if name not in ("base_model", "dataset", "task")}
+    _keep_readme(output_dir / "README.md")
     (output_dir / "run.json").write_text(json.dumps(run, indent=2, default=str) + "\n", encoding="utf-8")
     if args.do_train or is_chosen:
         save_checkpoint(trainer.model, processing_class, output_dir, card={"model_name": trainer.hub_model_id} | card)
@@ -523,6 +561,15 @@ def leave(trainer: GamlTrainer, processing_class: Any, run: dict, card: dict, is
             token=args.hub_token,
         )
         logger.info("Pushed to %s", url)
+
+
+def _keep_readme(path: Path) -> None:
+    """A README that is no model card of ours, or of a Trainer, is not lost."""
+    if path.is_file():
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if "2021.emnlp-main.242" not in text and "generated_from_trainer" not in text:
+            path.replace(path.with_name("README.old.md"))
+            logger.warning("`%s` was not a model card of this script: it is now `README.old.md`.", path)
 
 
 class FirstStep(TrainerCallback):
@@ -603,7 +650,9 @@ def evaluate(
         "parameter": None if parameter is None else getattr(config, parameter),
         **score(predictions, labels),
         "speed_up": layer_speed_up(exit_layer, config.num_hidden_layers),
-        "flops_speed_up": flops(exit_layer),
+        "flops_speed_up": flops(
+            exit_layer, one_exit=policy_from_config(config).fixed_exit(len(config.exit_layers)) is not None
+        ),
     }
     if (certificate := ExitCertificate.from_config(config)) is not None:
         policy["observed_risk"] = observed_risk(exit_logits, labels, config, certificate.risk)
@@ -624,7 +673,7 @@ def evaluate(
         "curves": {
             strategy: [asdict(point) for point in sweep(exit_logits, labels, config, strategy, score, main_metric)]
             for strategy in EXIT_POLICIES
-            if strategy != "none"
+            if strategy != "none" and has_candidates(strategy)
         },
     }
 
@@ -709,11 +758,12 @@ def card_values(run: dict, main_metric: str) -> dict[str, Any]:
 def write_predictions(path: Path, logits: np.ndarray, exit_layer: np.ndarray, label_names: list[str]) -> None:
     """One line per row: index, label, its probability, and the layer at which the row left."""
     probability = torch.tensor(logits).softmax(dim=-1).numpy()
-    lines = ["index\tprediction\tscore\texit_layer"]
-    for row, (p, layer) in enumerate(zip(probability, exit_layer, strict=True)):
-        lines.append(f"{row}\t{label_names[p.argmax()]}\t{p.max():.6f}\t{layer}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with path.open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file, delimiter="\t", lineterminator="\n")  # a class may be named with a tab
+        table.writerow(["index", "prediction", "score", "exit_layer"])
+        for row, (p, layer) in enumerate(zip(probability, exit_layer, strict=True)):
+            table.writerow([row, label_names[p.argmax()], f"{p.max():.6f}", layer])
 
 
 def is_secret(name: str) -> bool:
@@ -741,6 +791,7 @@ def command(main: Callable[[], Any]) -> str | None:
         main()
     except (ValueError, OSError) as error:
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-        if frame.f_globals["__name__"].partition(".")[0] not in ("__main__", "gaml_hf"):
+        ours = frame.f_globals["__name__"].partition(".")[0] in ("__main__", "gaml_hf")
+        if not ours and not isinstance(error, (OSError, HFValidationError)):  # files, the network, names of models
             raise
         return f"{Path(sys.argv[0]).name}: error: {error}"
