@@ -223,7 +223,7 @@ def main(argv: list[str] | None = None) -> dict:
         if trainer.is_world_process_zero():
             label_names = [model.config.id2label[k] for k in range(model.config.num_labels)]
             path = Path(training_args.output_dir, "predictions_test.tsv")
-            script.write_predictions(path, logits, exit_layer, label_names)
+            script.write_predictions(path, logits, exit_layer, label_names, part.names())
     if trainer.is_world_process_zero():
         card = script.card_values(run, "accuracy") | {
             "base_model": model_args.model_name_or_path,

@@ -574,6 +574,14 @@ def test_a_class_may_have_any_name(tmp_path):
     assert read["exit_layer"].tolist() == [1, 2]
 
 
+def test_another_model_is_not_resumed(common, files):
+    argv = [*common, *with_files(files, "train"), "--do_train", "--num_train_epochs", "1"]
+    run_glue_gaml.main(argv)
+    message = r"must go on with the model of `.*checkpoint-\d+`, with `exit_layers` \[1, 2, 3, 4\]. Got \[1, 4\]"
+    with raises(ValueError, match=message):
+        run_glue_gaml.main([*argv, "--resume_from_checkpoint", "True", "--exit_layers", "1", "4"])
+
+
 def test_a_training_without_evaluation(common, files):
     words = [*common, *with_files(files, "train"), "--do_train", "--max_steps", "2", "--eval_strategy", "no"]
     assert run_glue_gaml.main([*words, "--load_best_model_at_end", "False"])["global_step"] == 2

@@ -85,7 +85,8 @@ def test_train_evaluate_predict_and_use(common, images, tmp_path, capsys):
     paths = sorted((images / "test").rglob("*.png"))
     classifier = pipeline("image-classification", model=str(out), trust_remote_code=True)
     for line, path in zip(lines, paths, strict=True):
-        _, label, score, exit_layer = line.split("\t")
+        _, label, score, exit_layer, image = line.split("\t")
+        assert image == str(path)
         answer = classifier(str(path), top_k=1)[0]
         assert (answer["label"], answer["exit_layer"]) == (label, int(exit_layer))
         assert answer["score"] == approx(float(score), abs=1e-4)

@@ -204,6 +204,10 @@ class ImageRows(Dataset):
         part.numbers = self.numbers[torch.as_tensor(list(numbers), dtype=torch.int64)]
         return part
 
+    def names(self) -> list[str]:
+        """What each row is called: the path of its file, or its place in a dataset."""
+        return [self.source.name_of(number).strip("`,") for number in self.numbers.tolist()]
+
     def shuffle(self, seed: int) -> "ImageRows":
         """All rows, in an order drawn from `seed`."""
         return self.select(np.random.default_rng(seed).permutation(len(self)).tolist())

@@ -480,6 +480,7 @@ def describe(
 
 def train(trainer: GamlTrainer, resume: str | bool | None) -> dict:
     """Train; what `run.json` tells of it."""
+    check_resume(trainer, resume)
     trainer.add_callback(first_step := FirstStep())
     result = trainer.train(resume_from_checkpoint=resume)
     run = {"global_step": trainer.state.global_step, "best_step": trainer.state.best_global_step}
@@ -492,6 +493,23 @@ def train(trainer: GamlTrainer, resume: str | bool | None) -> dict:
     # The Trainer has told, and logged, a training of no time and a loss of 0.
     log = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
     return run | {"log_history": log} | finished_run(Path(trainer.args.output_dir), trainer.state.global_step)
+
+
+def check_resume(trainer: GamlTrainer, resume: str | bool | None) -> None:
+    """Before PyTorch does, and in a sentence: whether a checkpoint is of the model that is to go on."""
+    folders = list(training_checkpoints(Path(trainer.args.output_dir)).values()) if resume is True else [resume]
+    for folder in filter(None, folders):
+        try:
+            saved = type(trainer.model.config).from_pretrained(folder)
+        except (OSError, ValueError):  # which the Trainer refuses or passes over
+            continue
+        for name in ("exit_layers", "num_hidden_layers", "id2label"):
+            before, now = getattr(saved, name), getattr(trainer.model.config, name)
+            if before != now:
+                raise ValueError(
+                    f"`resume_from_checkpoint` must go on with the model of `{folder}`, with `{name}` {before}. "
+                    f"Got {now}."
+                )
 
 
 def leave_autocast(trainer: GamlTrainer) -> None:
@@ -755,15 +773,22 @@ def card_values(run: dict, main_metric: str) -> dict[str, Any]:
     return card
 
 
-def write_predictions(path: Path, logits: np.ndarray, exit_layer: np.ndarray, label_names: list[str]) -> None:
-    """One line per row: index, label, its probability, and the layer at which the row left."""
+def write_predictions(
+    path: Path,
+    logits: np.ndarray,
+    exit_layer: np.ndarray,
+    label_names: list[str],
+    row_names: Sequence[str] | None = None,
+) -> None:
+    """One line per row: index, label, its probability, the layer at which the row left, and what the row is called."""
     probability = torch.tensor(logits).softmax(dim=-1).numpy()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file, delimiter="\t", lineterminator="\n")  # a class may be named with a tab
-        table.writerow(["index", "prediction", "score", "exit_layer"])
+        table.writerow(["index", "prediction", "score", "exit_layer", *(["image"] if row_names else [])])
         for row, (p, layer) in enumerate(zip(probability, exit_layer, strict=True)):
-            table.writerow([row, label_names[p.argmax()], f"{p.max():.6f}", layer])
+            called = [row_names[row]] if row_names else []
+            table.writerow([row, label_names[p.argmax()], f"{p.max():.6f}", layer, *called])
 
 
 def is_secret(name: str) -> bool:
