@@ -582,6 +582,14 @@ def test_another_model_is_not_resumed(common, files):
         run_glue_gaml.main([*argv, "--resume_from_checkpoint", "True", "--exit_layers", "1", "4"])
 
 
+def test_a_best_checkpoint_by_what_is_no_score(common, files):
+    """Before the first step: after the first epoch it would be lost."""
+    argv = [*common, *with_files(files, "train"), "--do_train", "--max_steps", "2", "--metric_for_best_model"]
+    with raises(ValueError, match="`metric_for_best_model` must be one of accuracy, .*loss.* Got 'eval_f1'"):
+        run_glue_gaml.main([*argv, "eval_f1"])
+    assert run_glue_gaml.main([*argv, "eval_accuracy"])["global_step"] == 2
+
+
 def test_a_training_without_evaluation(common, files):
     words = [*common, *with_files(files, "train"), "--do_train", "--max_steps", "2", "--eval_strategy", "no"]
     assert run_glue_gaml.main([*words, "--load_best_model_at_end", "False"])["global_step"] == 2

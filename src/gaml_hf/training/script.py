@@ -26,7 +26,14 @@ import torch
 import transformers
 import yaml
 from huggingface_hub.errors import HFValidationError
-from transformers import EarlyStoppingCallback, HfArgumentParser, TrainerCallback, TrainingArguments, set_seed
+from transformers import (
+    EarlyStoppingCallback,
+    EvalPrediction,
+    HfArgumentParser,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 
 from gaml_hf.evaluation import (
     RISKS,
@@ -431,6 +438,7 @@ def make_trainer(
 ) -> GamlTrainer:
     """The trainer; `train_rows["labels"]` holds their classes."""
     config, callbacks = model.config, []
+    compute_metrics = ExitMetrics(config, score, main_metric)
     if training_args.do_train:
         label_names = [config.id2label[k] for k in range(config.num_labels)]
         if gaml_args.balances_classes:
@@ -440,6 +448,8 @@ def make_trainer(
         scores = holdout_rows is not None and training_args.eval_strategy != "no"
         if scores and training_args.early_stopping_patience > 0:
             callbacks.append(EarlyStoppingCallback(early_stopping_patience=training_args.early_stopping_patience))
+        if scores and training_args.load_best_model_at_end:
+            check_metric(training_args.metric_for_best_model or "loss", compute_metrics, config)
     if training_args.warmup_epochs is not None and train_rows is not None:
         batch = training_args.per_device_train_batch_size * max(training_args.n_gpu, 1) * training_args.world_size
         steps = math.ceil(math.ceil(len(train_rows) / batch) / training_args.gradient_accumulation_steps)
@@ -451,9 +461,17 @@ def make_trainer(
         eval_dataset=holdout_rows,
         processing_class=processing_class,
         data_collator=data_collator,
-        compute_metrics=ExitMetrics(config, score, main_metric),
+        compute_metrics=compute_metrics,
         callbacks=callbacks,
     )
+
+
+def check_metric(name: str, compute_metrics: ExitMetrics, config: GamlConfigMixin) -> None:
+    """Before the training, and not after its first epoch: whether what chooses the best checkpoint is a score."""
+    exit_logits = np.eye(config.num_labels, dtype=np.float32)[:, None].repeat(config.num_exits, axis=1)
+    known = {"loss", *compute_metrics(EvalPrediction((None, None, exit_logits), np.arange(config.num_labels)))}
+    if name.removeprefix("eval_") not in known:
+        raise ValueError(f"`metric_for_best_model` must be one of {', '.join(sorted(known))}. Got {name!r}.")
 
 
 def describe(
