@@ -141,11 +141,12 @@ def _wrong_model(model: str, is_export: bool) -> str | None:
 
 
 def _in_words_of_the_command(message: str, options: Mapping[str, Any]) -> str:
-    """The arguments that an error names, under the names that the command line has for them, where they were given."""
+    """The arguments that an error names, as the command line calls them; but a value that nobody gave is not given."""
 
     def renamed(found: re.Match) -> str:
         name = NAMES.get(found[1], found[1])
-        return f"`--{name}" if options.get(name) is not None else found[0]
+        is_of_the_model = options.get(name) is None and f"Got `{found[1]}=" in message
+        return f"`--{name}" if name in options and not is_of_the_model else found[0]
 
     return re.sub(r"`(\w+)(?=[=`])", renamed, message)
 
