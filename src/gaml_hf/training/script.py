@@ -581,8 +581,9 @@ def leave(trainer: GamlTrainer, processing_class: Any, run: dict, card: dict, is
     args, output_dir = trainer.args, Path(trainer.args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     if not args.do_train:  # what is known of the training stays, and nothing is said of it that this run did not do
-        with contextlib.suppress(OSError, ValueError):
-            run = json.loads((output_dir / "run.json").read_text(encoding="utf-8")) | run
+        if Path(card.get("base_model") or "").resolve() == output_dir.resolve():
+            with contextlib.suppress(OSError, ValueError):
+                run = json.loads((output_dir / "run.json").read_text(encoding="utf-8")) | run
         card = {name: value for name, value in card.items() if name not in ("base_model", "dataset", "task")}
     _keep_readme(output_dir / "README.md")
     (output_dir / "run.json").write_text(json.dumps(run, indent=2, default=str) + "\n", encoding="utf-8")
