@@ -27,6 +27,7 @@ import transformers.utils.hub  # noqa: E402
 from huggingface_hub import constants  # noqa: E402
 from transformers import BertTokenizer  # noqa: E402
 
+from gaml_hf.models.exiting_gaml import ExitPolicy  # noqa: E402
 from hub_server import HubServer  # noqa: E402
 
 
@@ -161,3 +162,20 @@ def mpnet_folder() -> Path:
     if "MPNET" not in os.environ:
         pytest.skip("needs the folder of all-mpnet-base-v2 in the environment variable MPNET")
     return Path(os.environ["MPNET"])
+
+
+class Margin(ExitPolicy):
+    """A strategy of one's own with a parameter: leave where the two largest logits are far apart."""
+
+    name, parameter = "margin", "exit_threshold"
+
+    def __init__(self, exit_threshold):
+        self.exit_threshold = exit_threshold
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(config.exit_threshold)
+
+    def should_exit(self, exit_logits):
+        first, second = exit_logits[:, -1].topk(2).values.T
+        return first - second > self.exit_threshold

@@ -16,12 +16,13 @@ from pytest import approx, fixture, mark, raises
 from scipy.stats import binom, binomtest
 from transformers import AutoModelForSequenceClassification
 
+from conftest import Margin
 from gaml_hf import GamlBertConfig, GamlBertForSequenceClassification
 from gaml_hf.evaluation import RISKS, ExitCertificate, certify, observed_risk, replay, rows_needed
 from gaml_hf.evaluation.certificate import THRESHOLDS, _parameter_values, passes
 from gaml_hf.evaluation.choice import policy_fields
 from gaml_hf.hub import save_checkpoint
-from gaml_hf.models.exiting_gaml import EXIT_POLICIES, ExitPolicy
+from gaml_hf.models.exiting_gaml import EXIT_POLICIES
 from gaml_hf.runtime.ort import GamlOrtModelForSequenceClassification, export_onnx
 from test_properties import anything
 
@@ -256,20 +257,6 @@ def test_full_depth_where_nothing_passes(caplog):
 
 
 def test_an_exit_policy_and_values_of_ones_own(monkeypatch):
-    class Margin(ExitPolicy):
-        name, parameter = "margin", "exit_threshold"
-
-        def __init__(self, least):
-            self.least = least
-
-        @classmethod
-        def from_config(cls, config):
-            return cls(config.exit_threshold)
-
-        def should_exit(self, exit_logits):
-            first, second = exit_logits[:, -1].topk(2).values.T
-            return first - second > self.least
-
     monkeypatch.setitem(EXIT_POLICIES, "margin", Margin)
     exit_logits, _ = texts(400)
     with raises(ValueError, match="`values` must say what to test with `exit_strategy='margin'`. Got None."):

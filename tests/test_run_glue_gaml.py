@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel, pipeline
 
 import gaml_score
 import run_glue_gaml
+from conftest import Margin
 from gaml_hf import PAPER_LETTER, GamlBertConfig, GamlBertForSequenceClassification
 from gaml_hf.evaluation.glue import GLUE_TASKS
 from gaml_hf.hub import check_checkpoint, save_checkpoint
@@ -532,6 +533,7 @@ def test_a_later_run_keeps_what_is_known_of_the_training(common, files, tmp_path
     again = [*common, "--validation_file", path, "--test_file", path, "--do_eval", "--do_predict"]
     run = run_glue_gaml.main([*again, "--model_name_or_path", str(out)])
     assert run["columns"]["text"] == ["sentence"]
+    assert (out / "README.md").read_text() == card
     second = json.loads((out / "run.json").read_text())
     assert (second["train_metrics"], second["log_history"]) == (first["train_metrics"], first["log_history"])
     assert second["evaluation"]["validation"]["rows"] == 3
@@ -612,20 +614,6 @@ def test_a_promise_of_a_checkpoint_that_was_there_before(common, files, tmp_path
 
 
 def test_a_strategy_of_ones_own_with_a_parameter(common, files, monkeypatch):
-    class Margin(exiting_gaml.ExitPolicy):
-        name, parameter = "margin", "exit_threshold"
-
-        def __init__(self, exit_threshold):
-            self.exit_threshold = exit_threshold
-
-        @classmethod
-        def from_config(cls, config):
-            return cls(config.exit_threshold)
-
-        def should_exit(self, exit_logits):
-            first, second = exit_logits[:, -1].softmax(dim=-1).topk(2, dim=-1).values.T
-            return first - second > self.exit_threshold
-
     monkeypatch.setitem(exiting_gaml.EXIT_POLICIES, "margin", Margin)
     words = [*common, *with_files(files, "train", "validation"), "--do_train", "--do_eval", "--max_steps", "2"]
     for more in ((), ("--max_loss", "0.4")):

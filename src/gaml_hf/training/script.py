@@ -585,9 +585,9 @@ def leave(trainer: GamlTrainer, processing_class: Any, run: dict, card: dict, is
             with contextlib.suppress(OSError, ValueError):
                 run = json.loads((output_dir / "run.json").read_text(encoding="utf-8")) | run
         card = {name: value for name, value in card.items() if name not in ("base_model", "dataset", "task")}
-    _keep_readme(output_dir / "README.md")
     (output_dir / "run.json").write_text(json.dumps(run, indent=2, default=str) + "\n", encoding="utf-8")
     if args.do_train or is_chosen:
+        _keep_readme(output_dir / "README.md")
         save_checkpoint(trainer.model, processing_class, output_dir, card={"model_name": trainer.hub_model_id} | card)
     if args.push_to_hub:
         url = push_checkpoint(
