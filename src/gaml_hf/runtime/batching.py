@@ -12,9 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
-FREE_PADDING = (
-    512  # tokens, padding included, up to which a batch may hold any lengths: so little costs about the same
-)
+FREE_PADDING = 512  # tokens with padding up to which a batch may hold any lengths: so few cost about the same
 LATER_SHARE = 16  # what runs when nothing else waits runs in batches this many times smaller, for the next may come
 
 
