@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, stats
 
 from benchmarks.runs import decode_array, main_metric, scorer
 from gaml_hf.evaluation import choose, layer_speed_up, plots, replay, sweep
@@ -119,13 +119,42 @@ PUBLIC_RESNETS = {
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What a trained model answered on the validation set under one policy, and how fast."""
+class Measured:
+    """A score of one run on the validation set, times 100, and what it would be with each row left out."""
 
     score: float
+    without: np.ndarray  # (num_rows,)
+    labels: np.ndarray  # (num_rows,)
+
+
+def left_out(
+    predictions: np.ndarray, labels: np.ndarray, score: Callable[[np.ndarray, np.ndarray], float]
+) -> np.ndarray:
+    """
+    A score with each row left out in turn. What a row takes with it is its prediction and its label, so that rows
+    which have both in common leave the same score behind.
+
+    Args:
+        predictions, labels (`np.ndarray` of shape `(num_rows,)`): classes.
+        score (`Callable`): `(predictions, labels) -> float`.
+
+    Returns:
+        `np.ndarray` of shape `(num_rows,)`.
+    """
+    without = np.empty(len(labels))
+    for pair in set(zip(predictions.tolist(), labels.tolist(), strict=True)):
+        alike = (predictions == pair[0]) & (labels == pair[1])
+        rest = np.arange(len(labels)) != alike.argmax()
+        without[alike] = score(predictions[rest], labels[rest])
+    return without
+
+
+@dataclass(frozen=True)
+class Answer(Measured):
+    """What a trained model answered under one policy, and how fast."""
+
     speed_up: float
     correct: np.ndarray  # (num_rows,)
-    labels: np.ndarray  # (num_rows,)
     parameter: float | None
     exit_layer: np.ndarray | None = None  # (num_rows,)
 
@@ -166,40 +195,76 @@ def answer(result: dict[str, Any], exit_strategy: str, target: tuple[float, floa
         speed_up = result["static_speed_up"]
     else:
         speed_up = layer_speed_up(exit_layer, result["full_depth"])
+
+    def main(predictions: np.ndarray, labels: np.ndarray) -> float:
+        return 100 * score(predictions, labels)[main_metric(task)]
+
     return Answer(
-        score=100 * score(predictions, labels["validation"])[main_metric(task)],
+        score=main(predictions, labels["validation"]),
+        without=left_out(predictions, labels["validation"], main),
+        labels=labels["validation"],
         speed_up=speed_up,
         correct=predictions == labels["validation"],
-        labels=labels["validation"],
         parameter=parameter,
         exit_layer=exit_layer,
     )
 
 
-def score_at(result: dict[str, Any], exit_strategy: str = "entropy", speed_up: float = 1.9) -> float:
+def at_speed(result: dict[str, Any], exit_strategy: str = "entropy", speed_up: float = 1.9) -> Measured:
     """
-    The validation curve of a policy read at one speed-up, between its points, times 100.
+    The validation curve of a policy read at one speed-up, between its points.
 
     A comparison of systems at equal speed, not what the protocol reports: a parameter chosen on the rows set aside may
     come out anywhere in the target, or beside it, and where one exit is far better than the one before, that decides.
+    A row left out moves both points that the speed-up lies between, in score and in speed.
     """
     task = result["run"]["task"]
+    metric = get_task(task).main_metric
     config = SimpleNamespace(num_hidden_layers=result["full_depth"], exit_layers=result["exit_layers"])
-    points = sweep(
-        decode_array(result["logits"]["validation"]),
-        np.array(result["labels"]["validation"]),
-        config,
-        exit_strategy,
-        scorer(task)[0],
-        get_task(task).main_metric,
-    )
-    curve = sorted((point.speed_up, 100 * point.score) for point in points)
-    return float(np.interp(speed_up, *zip(*curve, strict=True)))
+    logits, labels = decode_array(result["logits"]["validation"]), np.array(result["labels"]["validation"])
+    score = scorer(task)[0]
+    points = sweep(logits, labels, config, exit_strategy, score, metric)
+    points.sort(key=lambda point: (point.speed_up, point.score))
+    place = int(np.searchsorted([point.speed_up for point in points], speed_up))
+    between = points[max(place - 1, 0) : place + 1]  # at an end of the curve, that end alone
+    speeds, scores = [], []  # at either point, of all rows and then with each left out
+    for point in between:
+        vars(config).update(point.config_fields())
+        predictions, exit_layer = replay(logits, config)
+        layers = (exit_layer.sum() - exit_layer) / (len(exit_layer) - 1)  # the mean, with each row left out
+        speeds.append(np.append(point.speed_up, result["full_depth"] / layers))
+        without = left_out(predictions, labels, lambda *rows: score(*rows)[metric])
+        scores.append(100 * np.append(point.score, without))
+    values = scores[0]
+    if len(between) == 2:
+        apart = speeds[1] - speeds[0]  # 0 without the one row that makes the difference: the points are then the same
+        share = np.divide(speed_up - speeds[0], apart, out=np.zeros_like(apart), where=apart != 0)
+        values = values + share * (scores[1] - values)
+    return Measured(float(values[0]), values[1:], labels)
+
+
+def score_at(result: dict[str, Any], exit_strategy: str = "entropy", speed_up: float = 1.9) -> float:
+    """[`at_speed`]'s score."""
+    return at_speed(result, exit_strategy, speed_up).score
 
 
 def exit_score(result: dict[str, Any], exit_layer: int, metric: str | None = None) -> float:
     """Validation score of one exit, times 100."""
     return 100 * result["scores"]["validation"][str(exit_layer)][metric or scorer(result["run"]["task"])[1]]
+
+
+def at_exits(result: dict[str, Any], exit_layers: Sequence[int], metric: str | None = None) -> Measured:
+    """The mean over some of its exits of the validation score, each as if all rows left there."""
+    score, compares = scorer(result["run"]["task"])
+    labels = np.array(result["labels"]["validation"])
+    predictions = decode_array(result["logits"]["validation"]).argmax(axis=-1)  # (num_rows, num_exits)
+    without = [
+        left_out(predictions[:, i], labels, lambda *rows: 100 * score(*rows)[metric or compares])
+        for i, m in enumerate(result["exit_layers"])
+        if m in exit_layers
+    ]
+    mean = float(np.mean([exit_score(result, m, metric) for m in exit_layers]))
+    return Measured(mean, np.mean(without, axis=0), labels)
 
 
 def mean_over_exits(result: dict[str, Any]) -> float:
@@ -219,7 +284,7 @@ def spread(values: Sequence[float], digits: int = 1) -> str:
 
 @dataclass(frozen=True)
 class Difference:
-    """Two systems over the same seeds: mean difference, 95% interval and p value of a paired t-test."""
+    """Two systems over the same seeds and rows: mean difference, 95% interval and p value."""
 
     mean: float
     low: float
@@ -230,37 +295,57 @@ class Difference:
         return f"{self.mean:+.1f} [{self.low:+.1f}, {self.high:+.1f}], p={self.p:.3f}"
 
 
-def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> Difference | None:
-    """`ours - theirs`, pair by pair; None for fewer than two pairs, where nothing can be said."""
-    differences = np.subtract(ours, theirs)
-    if len(differences) < 2:
-        return None
-    if np.ptp(differences) == 0:  # no spread: the t-test divides by it
-        same = float(differences[0])
-        return Difference(same, same, same, 1.0 if same == 0 else 0.0)
-    test = stats.ttest_rel(ours, theirs)
-    low, high = test.confidence_interval(0.95)
-    return Difference(float(differences.mean()), float(low), float(high), float(test.pvalue))
-
-
-def mcnemar(ours: np.ndarray, theirs: np.ndarray) -> float:
+def paired_difference(ours: Sequence[Measured], theirs: Sequence[Measured]) -> Difference | None:
     """
-    Exact p value of McNemar's test: do two models err on the same rows equally often?
+    `ours - theirs`, seed by seed, as it would be with other seeds and other rows of the task.
+
+    Half the interval is `sqrt(h_seeds^2 + h_rows^2)`, of half the interval over seeds alone (a paired t-test) and over
+    rows alone (the jackknife of the mean over the seeds; Efron, 1982): the sum of two intervals after Zou and Donner
+    (2008). So it is never narrower than either. The p value is 1 minus the level at which the interval reaches 0.
 
     Args:
-        ours, theirs (`np.ndarray` of shape `(num_rows,)`): whether each row was answered correctly.
+        ours, theirs (`Sequence[Measured]`): of one seed each, in the same order.
+
+    Returns:
+        [`Difference`]; None for fewer than two seeds, where nothing can be said.
+
+    Raises:
+        ValueError: two runs hold their rows in different orders.
     """
-    only_ours, only_theirs = int((ours & ~theirs).sum()), int((~ours & theirs).sum())
+    for one, other in zip(ours, theirs, strict=True):
+        check_rows(one, other)
+    differences = np.array([one.score - other.score for one, other in zip(ours, theirs, strict=True)])
+    if len(differences) < 2:
+        return None
+    mean = float(differences.mean())
+    without = np.mean([one.without - other.without for one, other in zip(ours, theirs, strict=True)], axis=0)
+    errors = np.array([differences.std(ddof=1) / len(differences) ** 0.5, (len(without) - 1) ** 0.5 * without.std()])
+    if not errors.any():
+        return Difference(mean, mean, mean, 1.0 if mean == 0 else 0.0)
+    freedom = np.array([len(differences) - 1, len(without) - 1])
+
+    def half(p: float) -> float:
+        return float(np.linalg.norm(stats.t.isf(p / 2, freedom) * errors))
+
+    smallest = 1e-12
+    p = optimize.brentq(lambda p: half(p) - abs(mean), smallest, 1.0) if half(smallest) > abs(mean) else smallest
+    return Difference(mean, mean - half(0.05), mean + half(0.05), p)
+
+
+def check_rows(ours: Measured, theirs: Measured) -> None:
+    """Rows that are not in one order are refused: no row of one has its like."""
+    if not np.array_equal(ours.labels, theirs.labels):
+        raise ValueError("Two runs hold their validation rows in different orders: no row of one has its like.")
+
+
+def mcnemar(ours: Answer, theirs: Answer) -> float:
+    """Exact p value of McNemar's test: do two models err on the same rows equally often?"""
+    check_rows(ours, theirs)
+    only_ours = int((ours.correct & ~theirs.correct).sum())
+    only_theirs = int((~ours.correct & theirs.correct).sum())
     if only_ours + only_theirs == 0:
         return 1.0
     return float(stats.binomtest(only_ours, only_ours + only_theirs).pvalue)
-
-
-def row_by_row(ours: Answer, theirs: Answer) -> tuple[np.ndarray, np.ndarray]:
-    """Whether each row was answered correctly by either; refused where the rows are not in one order."""
-    if not np.array_equal(ours.labels, theirs.labels):
-        raise ValueError("Two runs hold their validation rows in different orders: no row of one has its like.")
-    return ours.correct, theirs.correct
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
@@ -375,8 +460,8 @@ def table2(results: Results, main: str = "gaml-soft") -> str:
             ours = answers.get((task, main, "patience"), {})
             seeds = sorted(ours.keys() & found.keys())
             if system != main and len(seeds) > 1:
-                test = paired_difference([ours[s].score for s in seeds], [found[s].score for s in seeds])
-                p = float(np.median([mcnemar(*row_by_row(ours[s], found[s])) for s in seeds]))
+                test = paired_difference([ours[s] for s in seeds], [found[s] for s in seeds])
+                p = float(np.median([mcnemar(ours[s], found[s]) for s in seeds]))
                 differences[task, name, policy] = (test, p, len(seeds))
         header = ["system", "policy", "score", "speed-up", "last exit", "mean over exits", "paper (BERT-base)"]
         blocks.append(f"### {task} ({get_task(task).main_metric} x 100)\n\n" + table(header, rows))
@@ -480,7 +565,7 @@ def table5(results: Results) -> str:
     rows = []
     for task in tasks_of(results):
         for policy in ("entropy", "max_prob", "patience"):
-            curves: dict[str, dict[int, float]] = {}
+            curves: dict[str, dict[int, Measured]] = {}
             for system in ("multi-exit", "fastbert-joint", "ml", "gaml-hard", "gaml-soft"):
                 of_system = only(results, task=task, system=system)
                 found = [answer(r, policy) for r in of_system]
@@ -490,7 +575,7 @@ def table5(results: Results) -> str:
                 outside = sum(not a.in_target for a in found)
                 curve, less = {}, None
                 if policy != "patience":  # which has a few points only, far apart
-                    curve = curves[system] = {r["run"]["seed"]: score_at(r, policy) for r in of_system}
+                    curve = curves[system] = {r["run"]["seed"]: at_speed(r, policy) for r in of_system}
                     base = curves.get("multi-exit", {})
                     seeds = sorted(curve.keys() & base.keys())
                     less = paired_difference([curve[s] for s in seeds], [base[s] for s in seeds])
@@ -501,7 +586,7 @@ def table5(results: Results) -> str:
                         system,
                         spread([a.score for a in found]),
                         speed + (f", {outside} outside" if outside else ""),
-                        spread(list(curve.values())) if curve else "",
+                        spread([measured.score for measured in curve.values()]) if curve else "",
                         less if less and system != "multi-exit" else "",
                         PAPER_TABLE_5.get((system, policy), {}).get(task, ""),
                     ]
@@ -610,7 +695,7 @@ def ga(results: Results) -> str:
                 paired_difference(
                     [value(r) for r in found if r["run"]["seed"] in base], [value(base[s]) for s in seeds]
                 )
-                for value in (mean_over_exits, score_at)
+                for value in (lambda r: at_exits(r, r["exit_layers"]), at_speed)
             ]
             logged = [entry for r in found for entry in r["log"] if "alignment/coefficient" in entry]
             lowest = [entry["alignment/coefficient_min"] for entry in logged]
@@ -710,13 +795,13 @@ def price_of_leaving(groups: Mapping[tuple, Sequence[dict[str, Any]]]) -> list[l
     exit, a plain model of half the layers, and multi-exit training. `groups` are the runs of each system and kind.
     """
 
-    def by_seed(key: tuple, value: Callable[[dict[str, Any]], float]) -> dict[int, float]:
+    def by_seed(key: tuple, value: Callable[[dict[str, Any]], Measured]) -> dict[int, Measured]:
         return {r["run"]["seed"]: value(r) for r in groups.get(key, ())}
 
-    def last(result: dict[str, Any]) -> float:
-        return exit_score(result, result["exit_layers"][-1], get_task(result["run"]["task"]).main_metric)
+    def last(result: dict[str, Any]) -> Measured:
+        return at_exits(result, result["exit_layers"][-1:], get_task(result["run"]["task"]).main_metric)
 
-    def less(early: dict[int, float], other: dict[int, float]) -> str:
+    def less(early: dict[int, Measured], other: dict[int, Measured]) -> str:
         seeds = sorted(early.keys() & other.keys())
         difference = paired_difference([early[s] for s in seeds], [other[s] for s in seeds])
         return "" if difference is None else str(difference)
@@ -725,9 +810,9 @@ def price_of_leaving(groups: Mapping[tuple, Sequence[dict[str, Any]]]) -> list[l
     for (system, *kind), found in groups.items():
         if len(found) < 2 or len(found[0]["exit_layers"]) == 1:
             continue
-        early = by_seed((system, *kind), score_at)
+        early = by_seed((system, *kind), at_speed)
         half = by_seed((f"plain, {found[0]['full_depth'] // 2} layers", *kind), last)
-        joint = {} if system == "multi-exit" else by_seed(("multi-exit", *kind), score_at)
+        joint = {} if system == "multi-exit" else by_seed(("multi-exit", *kind), at_speed)
         compared = [by_seed((system, *kind), last), half, joint]
         rows.append([system, *kind, *(less(early, other) for other in compared)])
     return rows

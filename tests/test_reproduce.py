@@ -4,11 +4,13 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from datasets import Dataset
 from pytest import approx, fixture, mark, raises
+from scipy import stats
 from torch.testing import assert_close
 from transformers import BertConfig, BertForSequenceClassification, MPNetConfig
 
@@ -16,6 +18,7 @@ from benchmarks import reports, reproduce
 from benchmarks.baselines import BASELINES
 from benchmarks.runs import EXIT_SYSTEMS, Run, Settings, decode_array, encode_array, fit_exits, perform
 from gaml_hf import GamlBertForSequenceClassification
+from gaml_hf.evaluation import OperatingPoint, accuracy, sweep
 
 
 RUN = Run(
@@ -191,22 +194,62 @@ def test_holm_by_hand():
     assert reports.holm({"a": 0.01, "b": 0.04, "c": 0.03}) == approx({"a": 0.03, "c": 0.06, "b": 0.06})
 
 
+def measured(score: float, without: float | list[float] | None = None, rows: int = 9) -> reports.Measured:
+    """By default one that the same rows would give whichever is left out."""
+    without = np.broadcast_to(score if without is None else without, rows)
+    return reports.Measured(score, np.array(without), np.zeros(rows))
+
+
+def answer_with(correct: list[bool]) -> reports.Answer:
+    zeros = np.zeros(len(correct))
+    return reports.Answer(0.0, zeros, zeros, speed_up=1.0, correct=np.array(correct), parameter=None)
+
+
 def test_mcnemar_by_hand():
-    ours, theirs = np.array([True] * 8 + [False] * 2 + [True] * 5), np.array([False] * 8 + [True] * 2 + [True] * 5)
+    ours = answer_with([True] * 8 + [False] * 2 + [True] * 5)
+    theirs = answer_with([False] * 8 + [True] * 2 + [True] * 5)
     # Two-sided binomial, 2 or fewer of 10: 2 * (1 + 10 + 45) / 2^10
     assert reports.mcnemar(ours, theirs) == approx(112 / 1024)
     assert reports.mcnemar(ours, ours) == 1.0
 
 
-def test_paired_difference_by_hand():
-    difference = reports.paired_difference([2.0, 4.0, 6.0], [1.0, 2.0, 3.0])
+def test_a_difference_over_seeds_by_hand():
+    difference = reports.paired_difference([measured(x) for x in (2, 4, 6)], [measured(x) for x in (1, 2, 3)])
     # Differences 1, 2, 3: standard error 1 / sqrt(3), t = 3.4641 with 2 degrees of freedom, whose 97.5% quantile
     # is 4.3027.
     assert difference.mean == approx(2.0)
     assert (difference.low, difference.high) == approx((2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), abs=1e-4)
     assert difference.p == approx(0.0742, abs=1e-4)
-    assert reports.paired_difference([1.0], [2.0]) is None
-    assert reports.paired_difference([1.0, 2.0], [1.0, 2.0]).p == 1.0
+    assert reports.paired_difference([measured(1)], [measured(2)]) is None
+    assert reports.paired_difference([measured(1), measured(2)], [measured(1), measured(2)]).p == 1.0
+
+
+def test_a_difference_over_rows_is_the_t_test_of_the_rows():
+    rng = np.random.default_rng(0)
+    labels = np.zeros(40)
+    ours, theirs = rng.random(40) < 0.9, rng.random(40) < 0.6  # right or wrong, with either of two equal seeds
+
+    def accuracies(correct: np.ndarray) -> list[reports.Measured]:
+        without = np.array([100 * np.delete(correct, i).mean() for i in range(40)])
+        return [reports.Measured(100 * correct.mean(), without, labels)] * 2
+
+    difference = reports.paired_difference(accuracies(ours), accuracies(theirs))
+    expected = stats.ttest_rel(100.0 * ours, 100.0 * theirs)
+    assert difference.p == approx(expected.pvalue)
+    assert (difference.low, difference.high) == approx(tuple(expected.confidence_interval()))
+
+
+def test_seeds_and_rows_by_hand():
+    # Over seeds: differences 0 and 2, standard error sqrt(2 / 2) = 1. Over rows: of three, without each of which the
+    # mean is 0, 1 or 2, sqrt(2 / 3 * (1 + 0 + 1)) = 1.1547. The quantiles of t at 1 and 2 degrees of freedom: 12.7062
+    # and 4.3027.
+    ours = [measured(0, [-1, 0, 1], 3), measured(2, [1, 2, 3], 3)]
+    difference = reports.paired_difference(ours, [measured(0, rows=3)] * 2)
+    half = (12.7062**2 + (4.3027 * 1.1547) ** 2) ** 0.5
+    assert (difference.mean, difference.low, difference.high) == approx((1, 1 - half, 1 + half), abs=1e-3)
+    # At the level p the interval ends at 0.
+    ends = np.hypot(stats.t.isf(difference.p / 2, 1), stats.t.isf(difference.p / 2, 2) * 1.1547)
+    assert ends == approx(1, abs=1e-4)
 
 
 # Reports
@@ -247,9 +290,63 @@ def test_rows_in_two_orders_are_not_compared():
     one, other = (
         reports.answer(result_with([[1] * 4] * 2, [[1] * 4] * 2, labels), "none") for labels in ([1, 0], [0, 1])
     )
-    assert [values.tolist() for values in reports.row_by_row(one, one)] == [[True, False]] * 2
-    with raises(ValueError, match="hold their validation rows in different orders"):
-        reports.row_by_row(one, other)
+    for compare in (reports.mcnemar, lambda *two: reports.paired_difference(*([answer] * 2 for answer in two))):
+        with raises(ValueError, match="hold their validation rows in different orders"):
+            compare(one, other)
+
+
+def rows_left_out(result: dict) -> list[dict]:
+    """The JSON as it would be with one validation row fewer, for each."""
+    logits, labels = decode_array(result["logits"]["validation"]), result["labels"]["validation"]
+    exits = result["exit_layers"]
+    others = []
+    for i in range(len(labels)):
+        fewer, rest = np.delete(logits, i, axis=0), np.delete(labels, i)
+        scores = {str(m): {"accuracy": (fewer[:, k].argmax(-1) == rest).mean()} for k, m in enumerate(exits)}
+        others.append(
+            result
+            | {
+                "logits": result["logits"] | {"validation": encode_array(fewer)},
+                "labels": {"held_out": [], "validation": rest.tolist()},
+                "scores": {"validation": scores},
+            }
+        )
+    return others
+
+
+def test_what_is_left_without_a_row():
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(20, 4)).tolist()
+    result = result_with(rows, rows, rng.integers(0, 2, 20).tolist())
+    result["scores"] = {"validation": {str(m): {"accuracy": 0.0} for m in (1, 2, 3, 4)}}  # not what is left out
+    others = rows_left_out(result)
+    for exits in ([4], [1, 2, 3, 4]):
+        expected = [np.mean([reports.exit_score(other, m) for m in exits]) for other in others]
+        assert reports.at_exits(result, exits).without == approx(np.array(expected))
+    answer = reports.answer(result, "none")
+    assert answer.without == approx(np.array([reports.answer(other, "none").score for other in others]))
+    # Budgets have one speed whichever rows there are, so that the curve without a row is that of the rest.
+    for speed_up in (1.0, 1.5, 2.0, 9.0):
+        expected = [reports.score_at(other, "budgeted", speed_up) for other in others]
+        assert reports.at_speed(result, "budgeted", speed_up).without == approx(np.array(expected))
+    # Thresholds move in speed too: the two on either side of 2x, swept over the rest.
+    config = SimpleNamespace(num_hidden_layers=4, exit_layers=[1, 2, 3, 4])
+
+    def curve(of: dict, values: list[float] | None = None) -> list[OperatingPoint]:
+        logits, labels = decode_array(of["logits"]["validation"]), np.array(of["labels"]["validation"])
+        return sweep(logits, labels, config, "entropy", accuracy, "accuracy", values)
+
+    points = sorted(curve(result), key=lambda point: point.speed_up)
+    slow = max((point for point in points if point.speed_up < 2), key=lambda point: (point.speed_up, point.score))
+    fast = min((point for point in points if point.speed_up >= 2), key=lambda point: (point.speed_up, point.score))
+    expected = []
+    for other in others:
+        one, two = curve(other, [slow.parameter, fast.parameter])
+        apart = two.speed_up - one.speed_up  # 0 where the row left out is the only one that they treat differently
+        slope = (two.score - one.score) / apart if apart else 0
+        expected.append(100 * (one.score + slope * (2 - one.speed_up)))
+    assert len(set(expected)) > 3
+    assert reports.at_speed(result, "entropy", 2.0).without == approx(np.array(expected))
 
 
 def test_the_curve_between_its_points():
@@ -272,7 +369,8 @@ def test_what_leaving_early_costs_by_hand(monkeypatch):
             "early": early,
         }
 
-    monkeypatch.setattr(reports, "score_at", lambda result: result["early"])
+    monkeypatch.setattr(reports, "at_speed", lambda result: measured(result["early"]))
+    monkeypatch.setattr(reports, "at_exits", lambda result, *_: measured(reports.exit_score(result, 4, "accuracy")))
     kind = ("mean", "", "x10", "yes")
     groups = {
         ("multi-exit", *kind): [result(0, 80, 82), result(1, 81, 85)],
