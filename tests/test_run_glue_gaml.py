@@ -847,6 +847,7 @@ def test_a_training_that_diverges_keeps_what_was_good(common, files, tmp_path):
         ("--task_name sst2 --alpha 2", r"^`alpha` must lie in \[0, 1\]. Got `alpha=2.0`.$"),
         ("--task_name sst2 --max_train_samples 0", "`max_train_samples` must be at least 1"),
         ("--task_name sst2 --target_speed_up 2 1", "`target_speed_up` must be a range"),
+        ("--task_name sst2 --prediction_loss_only", "`prediction_loss_only` must be false: exits are scored by"),
         ("--task_name sst2 --max_loss 0.01 --target_speed_up 2 3", "both choose the exit policy. Give one of them"),
         ("--task_name sst2 --max_loss 1", "`max_loss` must be a number above 0 and below 1. Got `max_loss=1.0`"),
         ("--task_name sst2 --max_loss 0.1 --confidence 90", "`confidence` must be a number above 0 and below 1"),

@@ -1,7 +1,7 @@
 """Exit policies, replayed on the logits of all exits: what each would answer and save, and which one to run with."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -197,21 +197,13 @@ def policy_fields(exit_strategy: str, parameter: int | float | None) -> dict[str
 
 def has_candidates(exit_strategy: str) -> bool:
     """Whether [`sweep`] knows by itself what to try: of a strategy with a parameter, only where it is one of ours."""
-    return exit_strategy in ("budgeted", "patience", "entropy", "max_prob") or (
-        policy_class(exit_strategy).parameter is None
-    )
+    return exit_strategy in _CANDIDATES or policy_class(exit_strategy).parameter is None
 
 
 def _parameter_values(exit_strategy: str, exit_logits: Tensor, config: Any) -> list[Any]:
     """What to try, in rising order."""
-    if exit_strategy == "budgeted":
-        return list(config.exit_layers)
-    if exit_strategy == "patience":
-        return list(range(1, max(2, len(config.exit_layers))))
-    if exit_strategy == "entropy":
-        return _thresholds(normalized_entropy(exit_logits).numpy(), config.exit_layers, np.minimum)
-    if exit_strategy == "max_prob":
-        return _thresholds(exit_logits.float().softmax(dim=-1).amax(dim=-1).numpy(), config.exit_layers, np.maximum)
+    if exit_strategy in _CANDIDATES:
+        return _CANDIDATES[exit_strategy](exit_logits, config.exit_layers)
     if len(policy_fields(exit_strategy, None)) > 1:
         raise ValueError(f"`values` must say what to try with `exit_strategy={exit_strategy!r}`. Got None.")
     return [None]
@@ -237,3 +229,14 @@ def _thresholds(confidences: np.ndarray, exit_layers: Sequence[int], surest: np.
     position = np.searchsorted(distinct, quantiles)
     between = (distinct[position] + distinct[np.minimum(position + 1, len(distinct) - 1)]) / 2
     return np.unique(np.clip(np.concatenate([[0.0], between, [1.0]]), 0.0, 1.0)).tolist()
+
+
+# What to try of each strategy with a parameter, by the logits of all exits and their layers.
+_CANDIDATES: dict[str, Callable[[Tensor, Sequence[int]], list[Any]]] = {
+    "budgeted": lambda _, exit_layers: list(exit_layers),
+    "patience": lambda _, exit_layers: list(range(1, max(2, len(exit_layers)))),
+    "entropy": lambda logits, exit_layers: _thresholds(normalized_entropy(logits).numpy(), exit_layers, np.minimum),
+    "max_prob": lambda logits, exit_layers: _thresholds(
+        logits.float().softmax(dim=-1).amax(dim=-1).numpy(), exit_layers, np.maximum
+    ),
+}

@@ -280,6 +280,8 @@ class GamlTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
+        if self.prediction_loss_only:
+            raise ValueError("`prediction_loss_only` must be false: exits are scored by their predictions. Got true.")
         do_eval = self.do_eval  # which the parent sets to True, for rows are scored during training; ours are held out
         if not torch.accelerator.is_available():  # else the parent refuses bf16, and torch warns of pinned memory
             self.use_cpu, self.dataloader_pin_memory = True, False
