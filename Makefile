@@ -1,7 +1,7 @@
-# make test          the whole test suite, in .venv with the versions of constraints.txt
+# make test          the test suite (less tests/test_ray.py, which wants `.[ray]`), in .venv with the versions of constraints.txt
+# make test-as-avx2  the test suite as if the processor had AVX2 alone, and test-as-avx512 AVX-512 without VNNI and bf16:
+#                    Linux on x86-64, a C compiler (benchmarks/as_cpu.c)
 # make demo          the demonstration, in the same environment
-# make test-as-avx2  the same as if the processor had AVX2 alone, and test-as-avx512 AVX-512 without VNNI and bf16: Linux on
-#                    x86-64, a C compiler (benchmarks/as_cpu.c)
 # make lint          style and format
 # make test-lowest   the test suite in .venv-lowest, every dependency at its lower bound in pyproject.toml
 # make audit         known vulnerabilities of the versions in constraints.txt, asked of PyPI; fails where it has no answer

@@ -16,7 +16,6 @@ will be used.
 import json
 import logging
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -270,10 +269,7 @@ def main(argv: list[str] | None = None) -> dict:
     run = describe(argv, data, tokenizer, rows, model_args, data_args, training_args)
 
     if training_args.do_train:
-        if training_args.overwrite_output_dir and not resume and trainer.is_world_process_zero():
-            for checkpoint in old_checkpoints:  # or a resume could take one of the old run
-                shutil.rmtree(checkpoint)
-        run |= train(trainer, resume)
+        run |= train(trainer, resume, old_checkpoints)
     script.leave_autocast(trainer)
     is_chosen = holdout_rows is not None and (gaml_args.policy_is_open or gaml_args.calibrate_exits)
     if is_chosen:

@@ -15,7 +15,6 @@ images are scored once, with the model as it will be used.
 
 import logging
 import os
-import shutil
 import sys
 import time
 from collections import Counter
@@ -116,8 +115,14 @@ class DataTrainingArguments:
 class GamlArguments(script.GamlArguments):
     """As for texts; an exit pools in one way, and more layers are needed."""
 
+    config_class: ClassVar[type[GamlResNetConfig]] = GamlResNetConfig
     usual_speed_up: ClassVar[tuple[float, float]] = (1.2, 1.4)  # Table 8: 1.22 to 1.30
 
+    exit_pooling: str | None = field(default=None, metadata={"help": "What an exit reads; mixed is all there is."})
+    exit_pooler: str | None = field(default=None, metadata={"help": "none is all there is."})
+    exit_warm_start: bool | None = field(
+        default=None, metadata={"help": "false is all there is: a new network tells exits nothing.", **script.SWITCH}
+    )
     target_speed_up: list[float] | None = field(
         default=None,
         metadata={"help": "Range of the speed-up in layers for which the policy is chosen (1.2 to 1.4, as Table 8)."},
@@ -197,10 +202,7 @@ def main(argv: list[str] | None = None) -> dict:
     logger.info("The early exits have %d parameters, the network has %d.", *run["parameters"].values())
 
     if training_args.do_train:
-        if training_args.overwrite_output_dir and not resume and trainer.is_world_process_zero():
-            for checkpoint in old_checkpoints:  # or a resume could take one of the old run
-                shutil.rmtree(checkpoint)
-        run |= script.train(trainer, resume)
+        run |= script.train(trainer, resume, old_checkpoints)
     script.leave_autocast(trainer)
     is_chosen = holdout_rows is not None and (gaml_args.policy_is_open or gaml_args.calibrate_exits)
     if is_chosen:

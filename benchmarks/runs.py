@@ -46,7 +46,8 @@ from gaml_hf import PAPER_LETTER, GamlAutoConfig, GamlAutoModelForSequenceClassi
 from gaml_hf.evaluation import ExitMetrics, accuracy
 from gaml_hf.evaluation.glue import GlueMetric, get_task, selection_scorer
 from gaml_hf.models.configuration_gaml import GamlConfigMixin
-from gaml_hf.training.alignment import cos_angle
+from gaml_hf.models.losses_gaml import total_loss
+from gaml_hf.training.alignment import cos_angle, inner_products
 
 
 # The systems that are a configuration of our own model.
@@ -404,15 +405,11 @@ class AngleWatcher(GamlTrainer):
 
     def _align_gradients(self) -> None:
         g_kd, self._g_kd = self._g_kd, None
-        alpha = self.model.config.alpha
         pairs = [(p.grad, kd) for p, kd in zip(self._parameters(), g_kd, strict=True) if p.grad is not None]
-        dots = [
-            sum((a * b).sum() for a, b in products)
-            for products in ([(ce, ce) for ce, _ in pairs], pairs, [(kd, kd) for _, kd in pairs])
-        ]
-        self.cos_angle = float(cos_angle(*dots))
+        products = inner_products(*map(list, zip(*pairs, strict=True)))
+        self.cos_angle = float(cos_angle(*(product.sum() for product in products)))
         for ce, kd in pairs:
-            ce.mul_(1 - alpha).add_(kd, alpha=alpha)
+            ce.copy_(total_loss(ce, kd, self.model.config.alpha))
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         super().log(logs | ({"alignment/cos_angle": self.cos_angle} if "loss" in logs else {}), *args, **kwargs)

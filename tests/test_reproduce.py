@@ -480,6 +480,14 @@ def test_the_grid_and_its_winner(settings, capsys):
     options.learning_rates = [3e-5]
     assert reproduce.recipe("cola", "ml", options).learning_rate == 3e-5
     assert reproduce.recipe("rte", "ml", options).batch_size == 16  # Table 7
+    options = parse(["--tasks", "cola", "sst2", "mrpc", "--seeds", "0", "--backbone", settings.backbone])
+    runs = reproduce.experiment("table1", options, 4)
+    assert {(run.task, run.learning_rate, run.warmup_epochs, run.batch_size, run.alpha) for run in runs} == {
+        # Table 6, and of a task that is not there Table 7
+        ("cola", 1e-5, 1.0, 32, 0.2),
+        ("sst2", 2e-5, 0.8, 128, 0.1),
+        ("mrpc", 2e-5, 1.0, 16, 0.2),
+    }
     options = parse(words(settings, "--ga_granularity", "layer"))
     assert reproduce.recipe("cola", "gaml-soft", options).ga_granularity == "layer"
 

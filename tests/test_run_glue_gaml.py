@@ -224,6 +224,20 @@ def test_of_a_command_the_secrets_alone_are_hidden():
         "python run.py --hub_token ... --token=... --push_to_hub_token ... --tokenizer_name own "
         "--split_special_tokens False"
     )
+    assert script.shown_command(["--train_file", "../shop/train.csv", "data/x.csv", "~/y"], "run.py") == (
+        "python run.py --train_file train.csv data/x.csv y"
+    )
+    with raises(ValueError, match="`--hub_tok` is not an argument of this script. Did you mean `--hub_token`"):
+        run_glue_gaml.parse_arguments("--model_name_or_path x --task_name sst2 --output_dir y --hub_tok hf_1".split())
+
+
+def test_the_help_tells_what_a_new_model_has(capsys):
+    with raises(SystemExit):
+        run_glue_gaml.parse_arguments(["--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "in [0, 1]. (default: the model's; of a new one 0.2)" in told  # `GamlBertConfig().alpha`
+    assert "Texts train for entropy, images for patience. --patience" in told
+    assert "(default: None)" not in told
 
 
 def test_rows_of_a_file_stay_in_their_order(common, tokenizer, bert_kwargs, tmp_path):

@@ -180,7 +180,7 @@ def certify(
     it does not (Angelopoulos et al., 2021, fixed sequence testing).
 
     That needs a sequence which does not depend on the rows. The thresholds of [`sweep`] do: they lie between the rows'
-    own confidences. Here they are the same for all, 150 from certainty to none; a threshold at which these rows leave
+    own confidences. Here they are the same for all, 140 from certainty to none; a threshold at which these rows leave
     as they did at the one before is not preferred to it.
 
     Args:

@@ -37,11 +37,11 @@ class GamlConfigMixin:
         exit_layers (`list[int]`, *optional*):
             Layers that carry an exit, rising; the last one must be the last layer. Defaults to all layers.
         exit_pooling (`str`, *optional*, defaults to `"mean"`):
-            What an exit reads of its layer: the `"mean"` over the tokens, or the state of [CLS], `"cls"` (the paper,
-            Sec. 6.4), which in shallow layers holds next to nothing of the text (docs/choices.md).
+            What an exit reads of its layer: the `"mean"` over the tokens, or the state of [CLS], `"cls"` (our reading
+            of Sec. 6.4), which in shallow layers holds next to nothing of the text (docs/choices.md).
         exit_pooler (`str`, *optional*, defaults to `"none"`):
-            What stands between that and the linear exit: `"none"` (the paper, Sec. 6.4), `"shared"` (the
-            encoder's own pooler for all exits, as in PABEE; BERT, RoBERTa and MPNet have one) or `"per_exit"`.
+            What stands between that and the linear exit: `"none"` (Sec. 6.4), `"shared"` (the encoder's
+            own pooler for all exits, as in PABEE; BERT, RoBERTa, MPNet and ERNIE have one) or `"per_exit"`.
         exit_norm (`str`, *optional*, defaults to `"none"`):
             What scales the input of the linear exit: `"none"` (the paper) or `"layer"` (LayerNorm without parameters).
         exit_learning_rate_multiplier (`float`, *optional*, defaults to 10.0):

@@ -42,7 +42,8 @@ class GamlSequenceClassifierOutput(ModelOutput):
         exit_layer (`torch.LongTensor` of shape `(batch_size,)`, not in training mode):
             The layer at which each row left, from 1.
         exit_logits (`torch.Tensor` of shape `(batch_size, num_exits, num_labels)`, *optional*):
-            Logits of every exit; returned in training, with `labels`, and with `output_exit_logits=True`.
+            Logits of every exit, wherever all of them run: in training, with `labels`, with `output_exit_logits=True`
+            or another `output_...=True`, and with a hook on a layer.
         exit_states (`torch.Tensor` of shape `(batch_size, num_exits, hidden_size)`, *optional*):
             What each exit read, before `exit_norm`, without a gradient; returned with `output_exit_states=True`.
         ce_loss (`torch.Tensor` of shape `()`, *optional*, returned with `labels`): L^CE of Eq. 1.

@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from pydantic import Field, create_model
 from ray import serve
 
+from .ort import is_export as is_onnx_export
 from .scoring import ClassifierLoader
 from .serving import LIVE, Refusal, ServerSettings, make_app
 
@@ -94,7 +95,7 @@ def app(arguments: Arguments) -> serve.Application:
     model, is_folder = arguments.model, Path(arguments.model).is_dir()
     if is_folder:
         model = str(Path(model).absolute())  # a replica has a working folder of its own
-    is_export = is_folder and (Path(model) / "embeddings.onnx").is_file()
+    is_export = is_folder and is_onnx_export(model)
     device = arguments.device or ("cuda" if arguments.num_gpus and not is_export else "cpu")
     prepack = arguments.prepack and device == "cpu" and not is_export
     return Classifier.options(

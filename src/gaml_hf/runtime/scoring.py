@@ -6,7 +6,7 @@ Predictions for many rows: a dataset or a file in, one prediction per row out, i
 The command line is `gaml_score.py`.
 
 Rows are read a window at a time and sorted by length inside it, so that a batch holds little padding. No more than one
-window is held in memory, however long the file.
+window is held in memory, or two for each of several processes, however long the file. A `.json` list is read whole.
 """
 
 import csv

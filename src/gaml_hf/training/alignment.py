@@ -96,6 +96,17 @@ def _layer_of(name: str) -> str:
     return numbered.group() if numbered else name.rpartition(".")[0].rpartition(".")[0]
 
 
+def inner_products(g_ce: Sequence[Tensor], g_kd: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """
+    `|g_CE|^2`, `g_CE . g_KD` and `|g_KD|^2` of each parameter, three tensors of shape `(num_parameters,)`.
+
+    In float32 whatever the gradients are: in half precision a sum of squares loses its digits, or overflows.
+    """
+    ce_dot_ce, kd_dot_kd = (torch.stack(torch._foreach_norm(g, 2, torch.float32)).square() for g in (g_ce, g_kd))
+    ce_dot_kd = [ce.flatten().float().dot(kd.flatten().float()) for ce, kd in zip(g_ce, g_kd, strict=True)]
+    return ce_dot_ce, torch.stack(ce_dot_kd), kd_dot_kd
+
+
 class Alignment(NamedTuple):
     """
     What [`align_`] did.
@@ -138,12 +149,7 @@ def align_(
     def per_group(values: Tensor) -> Tensor:  # (num_parameters,) -> (num_groups,)
         return values.new_zeros(max(groups) + 1).index_add_(0, index, values)
 
-    # In float32 whatever the gradients are: in half precision a sum of squares loses its digits, or overflows.
-    ce_dot_ce = per_group(torch.stack(torch._foreach_norm(g_ce, 2, torch.float32)).square())
-    kd_dot_kd = per_group(torch.stack(torch._foreach_norm(g_kd, 2, torch.float32)).square())
-    ce_dot_kd = per_group(
-        torch.stack([a.flatten().float().dot(b.flatten().float()) for a, b in zip(g_ce, g_kd, strict=True)])
-    )
+    ce_dot_ce, ce_dot_kd, kd_dot_kd = map(per_group, inner_products(g_ce, g_kd))
     floor = RELATIVE_FLOOR * ce_dot_ce.sum() * per_group(sizes) / sizes.sum()
     c = alignment_coefficient(ce_dot_ce, ce_dot_kd, alpha=alpha, mode=mode, floor=floor)
     torch._foreach_mul_(list(g_ce), list(c[index].unbind()))

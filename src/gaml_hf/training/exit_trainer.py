@@ -45,10 +45,11 @@ class ExitTrainer(RobustTrainer):
     `predict` are then a tuple, (logits, exit_layer, exit_logits).
 
     Raises:
-        ValueError: at construction, or when training starts, where `compute_loss_func` would leave exits or
-            `class_weights` out, or where exits are new and frozen, see [`~ExitsMixin.exit_modules`]. When a training
-            is resumed with another `exit_learning_rate_multiplier`. In the first step, where a `compute_loss` of a
-            subclass leaves exits out.
+        ValueError: at construction, or when training starts, where the model has no exits, where `compute_loss_func`
+            would leave exits or `class_weights` out, where `label_smoothing_factor` does not lie in [0, 1], or where
+            exits are new and frozen, see [`~ExitsMixin.exit_modules`]. When a training is resumed with another
+            `exit_learning_rate_multiplier`. In the first step, where a `compute_loss` of a subclass leaves exits out.
+        FloatingPointError: when training starts, where the encoder gives numbers that are not finite.
     """
 
     aligns = False  # whether steps are aligned; see [`GamlTrainer`]

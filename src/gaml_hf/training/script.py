@@ -3,6 +3,7 @@ What the scripts `run_glue_gaml.py` and `run_image_classification_gaml.py` share
 training, and the steps that do not ask what a row is.
 """
 
+import argparse
 import contextlib
 import csv
 import difflib
@@ -11,6 +12,7 @@ import logging
 import math
 import os
 import shlex
+import shutil
 import sys
 import time
 import traceback
@@ -78,6 +80,7 @@ SWITCH = {"nargs": "?", "const": True}  # of a `bool` that may be left out: name
 class GamlArguments:
     """The exits: how they are trained, and when a row leaves. `None` keeps what the model's config says."""
 
+    config_class: ClassVar[type[GamlConfigMixin]] = GamlConfigMixin  # whose defaults a new model has
     usual_speed_up: ClassVar[tuple[float, float]] = (1.8, 2.1)  # Sec. 6.4
 
     exit_layers: list[int] | None = field(default=None, metadata={"help": "Layers with an exit. Defaults to all."})
@@ -88,7 +91,7 @@ class GamlArguments:
         },
     )
     exit_pooling: str | None = field(
-        default=None, metadata={"help": "What an exit reads: the mean over the tokens, or cls (the paper)."}
+        default=None, metadata={"help": "What an exit reads: the mean over the tokens, or cls, as we read the paper."}
     )
     exit_pooler: str | None = field(default=None, metadata={"help": "none, shared or per_exit."})
     exit_norm: str | None = field(
@@ -130,7 +133,7 @@ class GamlArguments:
     alpha: float | None = field(default=None, metadata={"help": "α of Eqs. 2, 6 and 7, in [0, 1]."})
     ga_mode: str | None = field(default=None, metadata={"help": "soft (Eq. 6), hard (Eq. 7) or none (Eq. 2)."})
     ga_granularity: str | None = field(
-        default=None, metadata={"help": "global (the letter of the paper), layer (default) or tensor."}
+        default=None, metadata={"help": "global (the letter of the paper), layer or tensor."}
     )
     exit_strategy: str | None = field(
         default=None,
@@ -224,7 +227,7 @@ class GamlArguments:
         return parameter is not None and getattr(self, parameter, None) is None
 
     def settle_strategy(self, usual: str) -> None:
-        """Where none is named: the one whose parameter is given, the paper's by its letter (Sec. 6.5), or `usual`."""
+        """Where none is named: the one whose parameter is given, the paper's by its letter (Sec. 6.6), or `usual`."""
         if self.exit_strategy is None:
             usual = "patience" if self.paper_letter else usual
             given = {name: getattr(self, name) for name in EXIT_FIELDS}
@@ -291,7 +294,8 @@ class GamlTrainingArguments(TrainingArguments):
 
 def parse_arguments(argv: list[str], kinds: Sequence[type]) -> tuple[Any, ...]:
     """An object of each kind of arguments, out of the command line's words, of which the first may be a file."""
-    parser = HfArgumentParser(kinds)
+    # Whole names alone: of a shortened one nobody could tell that it is a token, in the command that is published.
+    parser = HfArgumentParser(kinds, allow_abbrev=False, formatter_class=_defaults_of(kinds))
     if argv and argv[0].endswith((".json", ".yaml", ".yml")):
         # Turned into command-line words, so that what follows the file overrides it and both are checked alike.
         try:
@@ -317,6 +321,20 @@ def parse_arguments(argv: list[str], kinds: Sequence[type]) -> tuple[Any, ...]:
         meant = f" Did you mean `{near[0]}`?" if near else " `--help` lists all."
         raise ValueError(f"`{unknown[0]}` is not an argument of this script.{meant}")
     return tuple(parsed)
+
+
+def _defaults_of(kinds: Sequence[type]) -> type[argparse.HelpFormatter]:
+    """A formatter of the help which tells what an exit's field is where nothing is given: `None` says nothing."""
+    of_new = next((kind.config_class for kind in kinds if issubclass(kind, GamlArguments)), None)
+
+    class Formatter(argparse.ArgumentDefaultsHelpFormatter):
+        def _get_help_string(self, action: argparse.Action) -> str | None:
+            if action.default is not None:
+                return super()._get_help_string(action)
+            usual = None if action.dest == "exit_strategy" else getattr(of_new, action.dest, None)
+            return action.help if usual is None else f"{action.help} (default: the model's; of a new one {usual})"
+
+    return Formatter
 
 
 def balanced_class_weights(labels: list[int], label_names: list[str]) -> list[float]:
@@ -498,8 +516,11 @@ def describe(
     }
 
 
-def train(trainer: GamlTrainer, resume: str | bool | None) -> dict:
-    """Train; what `run.json` tells of it."""
+def train(trainer: GamlTrainer, resume: str | bool | None, old_checkpoints: Sequence[Path]) -> dict:
+    """Train, anew or on from `resume`; what `run.json` tells of it."""
+    if trainer.args.overwrite_output_dir and not resume and trainer.is_world_process_zero():
+        for checkpoint in old_checkpoints:  # or a resume could take one of the old run
+            shutil.rmtree(checkpoint)
     check_resume(trainer, resume)
     trainer.add_callback(first_step := FirstStep())
     result = trainer.train(resume_from_checkpoint=resume)
@@ -818,14 +839,14 @@ def is_secret(name: str) -> bool:
 
 
 def shown_command(argv: list[str], script: str) -> str:
-    """The command as it may be published: without tokens, and without the folders of this machine."""
+    """The command as it may be published: without tokens, and without folders outside the one it was given in."""
     words = []
     for word in argv:
         option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
         name = option if equals else words[-1] if words and words[-1].startswith("--") else ""
         if value and is_secret(name.lstrip("-").replace("-", "_")):
             value = "..."
-        elif os.path.isabs(value):
+        elif os.path.isabs(value) or value.startswith(("..", "~")):
             value = Path(value).name
         words.append(option + equals + value)
     return " ".join([f"python {script}", *map(shlex.quote, words)])
