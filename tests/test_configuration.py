@@ -232,3 +232,17 @@ def test_a_config_file_cannot_name_code_of_another_repository(key, tmp_path):
         GamlBertConfig.from_pretrained(tmp_path)
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: "eager"}))
     assert GamlBertConfig.from_pretrained(tmp_path).num_exits == 12
+
+
+def test_a_parameter_alone_implies_its_strategy_when_loaded(tmp_path):
+    """As in a call of the pipeline; a threshold means opposite things to two strategies, and implies none."""
+    GamlBertConfig(exit_strategy="entropy", exit_threshold=0.3).save_pretrained(tmp_path)
+    load = GamlBertConfig.from_pretrained
+    assert (load(tmp_path, patience=2).exit_strategy, load(tmp_path, patience=2).patience) == ("patience", 2)
+    assert load(tmp_path, budgeted_exit=3).exit_strategy == "budgeted"
+    assert (load(tmp_path, exit_threshold=0.1).exit_strategy, load(tmp_path).exit_strategy) == ("entropy", "entropy")
+    GamlBertConfig().save_pretrained(tmp_path)
+    with raises(ValueError, match="`exit_threshold` is read with .* alone; name the strategy you want"):
+        load(tmp_path, exit_threshold=0.1)
+    with raises(ValueError, match='`patience` is read with `exit_strategy="patience"` alone'):
+        load(tmp_path, patience=2, exit_strategy="entropy", exit_threshold=0.1)

@@ -259,6 +259,35 @@ def test_a_prepacked_model_is_copied_pickled_saved_and_truncated_whole(model, pr
     assert_close(smaller(**batch).logits, model(**batch, exit_policy=Budgeted(2)).logits, rtol=1e-5, atol=1e-5)
 
 
+def test_what_a_prepacked_model_refuses_leaves_it_as_it_was(prepacked):
+    batch = texts(5, 9)
+    prepacked.config.exit_temperatures = [1.0, 1.0, 1.0, 2.0]
+    expected = prepacked(**batch).logits
+    for cast in (prepacked.half, prepacked.double, lambda: prepacked.to("meta")):
+        with raises(ValueError, match="A prepacked model stays on the CPU, in torch.float32. Got"):
+            cast()
+    with raises(ValueError, match="A prepacked model cannot be trained"):
+        prepacked.train()
+    with torch.autocast("cpu", torch.bfloat16), raises(ValueError, match="leave `torch.autocast`"):
+        prepacked(**batch)
+    assert not prepacked.training
+    assert prepacked(**batch).logits.equal(expected)
+
+
+def test_a_prepacked_model_has_no_gradients(model, prepacked):
+    """They would be those of the residual connections alone, without a word."""
+    batch = texts(5, 9)
+    states = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
+    for candidate in (model, prepacked):
+        logits = candidate(inputs_embeds=states, attention_mask=batch["attention_mask"]).logits
+        if candidate is model:
+            logits.sum().backward()
+        else:
+            with raises(ValueError, match=r"A prepacked model has no gradients: .* take them before `prepack\(\)`"):
+                logits.sum().backward()
+    assert states.grad.abs().sum() > 0
+
+
 def test_a_prepacked_model_in_the_pipeline(prepacked, model, tokenizer):
     rows = ["a good film", "the plot is dull and the actor is not good"]
     found = GamlTextClassificationPipeline(model=prepacked, tokenizer=tokenizer)(rows, patience=1, batch_size=2)

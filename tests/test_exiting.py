@@ -141,6 +141,8 @@ def test_a_budgeted_exit_is_a_layer(exit_layers, budgeted_exit, position):
     ("wrong", "message"),
     [
         (lambda: Patience(0), "`patience` must be a whole number of at least 1"),
+        (lambda: Budgeted(0), "`num_exits` must be a whole number of at least 1: how many exits to run. Got 0"),
+        (lambda: Budgeted("2"), "`num_exits` must be a whole number of at least 1: how many exits to run. Got '2'"),
         (lambda: Patience(1.5), "Got `patience=1.5`"),
         (lambda: Patience(True), "Got `patience=True`"),
         (lambda: Entropy(-0.1), r"`exit_threshold` must lie in \[0, 1\]. Got `exit_threshold=-0.1`"),

@@ -1,5 +1,6 @@
 """Images: ResNet with exits, its pipeline, and the folder that it leaves."""
 
+import base64
 import copy
 import json
 import os
@@ -25,6 +26,7 @@ from transformers import (
     TrainingArguments,
     pipeline,
 )
+from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from conftest import WITHOUT_THE_PACKAGE
@@ -404,11 +406,20 @@ def test_an_array_that_is_no_image(folder, values, message):
         classifier(values)
 
 
+def test_an_exported_graph_takes_no_decisions(model):
+    images = torch.randn(2, 3, 32, 32)
+    model.config.exit_strategy, model.config.patience = "patience", 1
+    with raises(Exception, match="Patience lets each row go its own"):
+        torch.export.export(model, (images,))
+
+
 def test_an_image_of_16_bits_is_not_cut_off(folder, processor, tmp_path):
     deep = Image.fromarray(np.full((32, 32), 30_000, np.uint16))
     deep.save(tmp_path / "deep.png")
     classifier = pipeline("image-classification", model=folder, trust_remote_code=True)
-    for image in (deep, str(tmp_path / "deep.png"), Image.new("F", (32, 32))):
+    encoded = base64.b64encode((tmp_path / "deep.png").read_bytes()).decode()
+    encoded = [encoded, f"data:image/png;base64,{encoded}"]
+    for image in (deep, str(tmp_path / "deep.png"), Image.new("F", (32, 32)), *encoded):
         with raises(ValueError, match="an image must have 8 bits a channel. Got mode"):
             classifier(image)
     with raises(ValueError, match="an image must have 8 bits a channel. Got mode 'I;16'"):
@@ -419,8 +430,10 @@ def test_a_bad_image_among_images_of_any_size(model, processor, tmp_path):
     processor.do_resize = False
     classifier = GamlImageClassificationPipeline(model=model, image_processor=processor)
     rows = [draw(0, (48, 48)), "no.png", draw(1, (48, 48))]
-    with raises(ValueError, match="`on_error='skip'` needs images of one size: .* Got `batch_size=3`"):
-        classifier(rows, on_error="skip", batch_size=3)
+    shortest_edge = BitImageProcessorPil(size={"shortest_edge": 32}, do_center_crop=False)
+    for each in (classifier, GamlImageClassificationPipeline(model=model, image_processor=shortest_edge)):
+        with raises(ValueError, match="`on_error='skip'` needs .* images of one size .* Got `batch_size=3`"):
+            each(rows, on_error="skip", batch_size=3)
     assert [answer[0]["label"] is None for answer in classifier(rows, on_error="skip")] == [False, True, False]
     assert len(classifier(rows[::2], batch_size=2)) == 2
 

@@ -11,6 +11,7 @@ from warnings import catch_warnings
 
 import torch
 from onnxruntime import InferenceSession
+from peft import LoraConfig
 from pytest import approx, fixture, mark, raises
 from safetensors.torch import load_file, save_file
 from torch import tensor
@@ -32,6 +33,7 @@ from transformers.utils import find_labels, logging
 
 from gaml_hf import PAPER_LETTER, GamlBertConfig, GamlBertForSequenceClassification
 from gaml_hf.models.exiting_gaml import Budgeted, Entropy, FullDepth, MaxProb, Patience
+from gaml_hf.runtime.ort import export_onnx
 from reference import ce_loss_reference, kd_loss_reference
 
 
@@ -746,6 +748,54 @@ def test_truncate(attention, exit_pooler, make, batch, tmp_path):
     assert smaller(**batch).logits.equal(before)  # a copy: it shares no weight
     smaller.save_pretrained(tmp_path)
     assert_same(GamlBertForSequenceClassification.from_pretrained(tmp_path)(**batch), smaller(**batch))
+
+
+def test_truncated_exits_are_as_new_as_they_were(make, tmp_path):
+    """A GamlTrainer starts new ones at a regression, and would throw trained ones away."""
+    new = make()
+    assert new.truncate(2).exits_are_new
+    new.save_pretrained(tmp_path)
+    trained = GamlBertForSequenceClassification.from_pretrained(tmp_path)
+    assert not trained.truncate(2).exits_are_new
+    trained.new_exit_weights = {"exit_classifiers.1.weight", "exit_classifiers.4.weight"}
+    assert trained.truncate(2).new_exit_weights == {"exit_classifiers.1.weight"}
+
+
+def test_layers_whose_weights_are_not_all_there_is(make, tmp_path):
+    """An adapter's, or those that PyTorch has quantized: left out, the answers would be other ones."""
+
+    class Quantized(torch.nn.Module):  # as `torch.ao.quantization` makes them
+        def weight(self):
+            return torch.zeros(1)
+
+    adapted = make()
+    adapted.add_adapter(LoraConfig(target_modules=["query"]))
+    quantized = make()
+    quantized.bert.encoder.layer[0].output.dense = Quantized()
+    for model, message in ((adapted, "has an adapter beside its own. Merge it"), (quantized, "are quantized")):
+        for do in (lambda m: m.truncate(2), lambda m: m.prepack(), lambda m: export_onnx(m, tmp_path / "export")):
+            with raises(ValueError, match=message):
+                do(model)
+
+
+@mark.parametrize("temperatures", [[1.0], [0.0] * 4, [1.0, -1.0, 1.0, 1.0], [2.0] * 5])
+def test_temperatures_set_on_a_model(make, batch, temperatures):
+    model = make()
+    model.config.exit_temperatures = temperatures
+    with raises(ValueError, match="`exit_temperatures` must hold one finite number above 0 for each of the 4 exits"):
+        model(**batch)
+
+
+@mark.parametrize("exit_layers", [[], [2, 3], [4, 3, 2, 1], [1, 2, 3, 4, 9]])
+def test_exits_set_on_a_model(make, batch, exit_layers):
+    model = make()
+    model.config.exit_layers = exit_layers
+    with raises(ValueError, match="`exit_layers` must be rising layer numbers between 1 and 4"):
+        model(**batch)
+    model = make(exit_layers=[2, 4])
+    model.config.exit_layers = [1, 4]
+    with raises(ValueError, match=r"`exit_layers` must be among those the model was made with, \[2, 4\]. Got .*1, 4"):
+        model(**batch)
 
 
 def test_truncate_where_there_is_no_exit(make):

@@ -1,5 +1,6 @@
 """The CPU runtime: PyTorch's logits and exits in fp32, near them in int8, and the habits of a model class."""
 
+import json
 import os
 import pickle
 import shutil
@@ -13,14 +14,17 @@ import onnx
 import torch
 from pytest import fixture, mark, raises, skip
 from torch.testing import assert_close
+from transformers import BertConfig, BertModel
 
 from gaml_hf import PAPER_LETTER, GamlBertConfig, GamlBertForSequenceClassification, GamlTextClassificationPipeline
 from gaml_hf.hub.folders import SEAL
 from gaml_hf.models.engine_gaml import PrepackedLinear
 from gaml_hf.models.exiting_gaml import Budgeted, Entropy, FullDepth, MaxProb, Patience
 from gaml_hf.models.modeling_gaml_resnet import GamlResNetConfig, GamlResNetForImageClassification
+from gaml_hf.models.modeling_gaml_roberta import GamlRobertaConfig, GamlRobertaForSequenceClassification
 from gaml_hf.runtime import ort
 from gaml_hf.runtime.ort import GamlOrtModelForSequenceClassification, export_onnx
+from gaml_hf.runtime.scoring import ClassifierLoader
 
 
 POLICIES = [FullDepth(), Budgeted(1), Budgeted(2), Patience(1), Entropy(0.6), MaxProb(0.8)]
@@ -345,13 +349,69 @@ def test_save_and_load_again_with_the_policy_and_the_tokenizer(model, tokenizer,
         again.save_pretrained(tmp_path / "b")
 
 
-def test_what_cannot_be_exported(model, tmp_path):
+def test_what_cannot_be_exported(model, bert_kwargs, tmp_path):
     images = GamlResNetForImageClassification(GamlResNetConfig.cifar(8))
     with raises(ValueError, match="GamlResNetForImageClassification cannot be exported"):
         export_onnx(images, tmp_path / "export")
+    with raises(ValueError, match="`model` must be a model with exits. Got a BertModel"):
+        export_onnx(BertModel(BertConfig(**bert_kwargs)), tmp_path / "export")
     model.encoder_layers[0].output.dense = PrepackedLinear(model.encoder_layers[0].output.dense)
     with raises(ValueError, match=r"are prepacked for PyTorch. Export it before `prepack\(\)`"):
         export_onnx(model.eval(), tmp_path / "export")
+
+
+def test_places_do_not_count_padding_tokens_of_a_text(bert_kwargs, tmp_path):
+    """RoBERTa's places, which a text that says <pad> changes, as does padding without a mask."""
+    torch.manual_seed(0)
+    config = GamlRobertaConfig(**bert_kwargs | {"num_labels": 3, "initializer_range": 0.3}, pad_token_id=1)
+    model = GamlRobertaForSequenceClassification(config).eval()
+    input_ids = torch.tensor([[2, 9, 1, 1, 11, 3], [2, 9, 10, 3, 1, 1]])
+    with torch.no_grad():
+        assert_same(load(model, tmp_path)(input_ids), model(input_ids))
+        moved = model(torch.tensor([[2, 9, 10, 10, 11, 3]])).logits - model(input_ids[:1]).logits
+    assert moved.abs().max() > 0.01
+
+
+def test_a_config_edited_into_another_model_is_refused(model, tmp_path):
+    export = export_onnx(model, tmp_path / "export")
+    text = (export / "config.json").read_text()
+    for name, value in {"exit_layers": [2, 4], "exit_norm": "layer", "exit_pooling": "mean"}.items():
+        (export / "config.json").write_text(json.dumps(json.loads(text) | {name: value}))
+        with raises(ValueError, match=f"`{name}` of the config in .* must be that of the export"):
+            GamlOrtModelForSequenceClassification.from_pretrained(export)
+    (export / "config.json").write_text(text)
+    with raises(ValueError, match="`num_labels` of the config in .* must be that of the export, 3. Got 2"):
+        GamlOrtModelForSequenceClassification.from_pretrained(export, id2label={0: "a", 1: "b"})
+
+
+@mark.parametrize("token", [1, 2, -1, 0.5])
+def test_a_mask_is_of_what_is_not_0(bert_kwargs, tmp_path, token):
+    model = make_model(bert_kwargs)
+    batch = make_batch(model.config)
+    batch["attention_mask"] = batch["attention_mask"] * token
+    with torch.no_grad():
+        assert_same(load(model, tmp_path)(**batch), model(**batch))
+
+
+def test_int8_answers_as_its_exit_logits_say(model, tmp_path):
+    """Where exits read [CLS] too: computed for it alone, a layer would have another scale of activations."""
+    runtime, batch = load(model, tmp_path, "int8"), make_batch(model.config)
+    for policy in (Budgeted(2), Entropy(0.6), FullDepth()):
+        every = runtime(**batch, exit_policy=policy, output_exit_logits=True)
+        live = runtime(**batch, exit_policy=policy)
+        assert live.logits.equal(every.logits)
+        assert live.exit_layer.equal(every.exit_layer)
+
+
+def test_a_pipeline_saves_it(model, tokenizer, tmp_path):
+    export = export_onnx(model, tmp_path / "export")
+    runtime = GamlOrtModelForSequenceClassification.from_pretrained(export)
+    classifier = GamlTextClassificationPipeline(model=runtime, tokenizer=tokenizer, device="cpu")
+    classifier.save_pretrained(tmp_path / "saved")
+    again = ClassifierLoader(str(tmp_path / "saved"), True, "cpu", 1)()
+    assert again(TEXTS) == classifier(TEXTS)
+    with raises(ValueError, match="`model` must be an export with its tokenizer. Got .*export.* without"):
+        ClassifierLoader(str(export), True, "cpu", 1)()
 
 
 def test_an_export_that_fails_leaves_nothing(model, tmp_path, monkeypatch):

@@ -576,6 +576,15 @@ def test_truncated_is_told_to_the_token(classifier):
     }
 
 
+def test_a_tokenizer_that_cuts_on_the_left_reads_the_end(model, tokenizer):
+    tokenizer.truncation_side = "left"
+    text = "the plot is dull . " * 120 + "best scene i saw"
+    found = GamlTextClassificationPipeline(model=model, tokenizer=tokenizer).preprocess(text)
+    assert found["input_ids"][0].tolist() == tokenizer(text, truncation=True)["input_ids"]
+    assert tokenizer.decode(found["input_ids"][0]).endswith("best scene i [UNK] [SEP]")
+    assert found["about"]["truncated"]
+
+
 LENGTHS = [
     (30, 400),
     (400, 30),

@@ -220,6 +220,9 @@ def test_a_class_may_be_a_link(tmp_path):
     draw(1).save(tmp_path / "elsewhere" / "1.png")
     (tmp_path / "set" / "c").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     (tmp_path / "set" / "a" / "above").symlink_to(tmp_path, target_is_directory=True)  # which leads back here
+    (tmp_path / "set" / ".ipynb_checkpoints").mkdir()
+    draw(0).save(tmp_path / "set" / ".ipynb_checkpoints" / "0-checkpoint.png")
+    (tmp_path / "set" / "b" / "._0.png").write_bytes(b"what macOS leaves beside a file")
     source = ImageSource.from_folder(tmp_path / "set", "train_dir")
     assert source.names == ["a", "b", "c"]
 

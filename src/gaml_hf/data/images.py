@@ -36,11 +36,14 @@ def cifar_processor() -> ViTImageProcessorPil:
 
 
 def _files_below(path: Path) -> Iterator[Path]:
-    """All files, in folders that are links too, but for links to a folder that they lie in: those would never end."""
+    """
+    All files, in folders that are links too, but for links to a folder that they lie in: those would never end. Hidden
+    ones, which editors and systems leave behind, are none.
+    """
     for root, folders, names in os.walk(path, followlinks=True):
         above = {Path(root).resolve(), *Path(root).resolve().parents}
-        folders[:] = [name for name in folders if Path(root, name).resolve() not in above]
-        yield from (file for name in names if (file := Path(root, name)).is_file())
+        folders[:] = [name for name in folders if name[0] != "." and Path(root, name).resolve() not in above]
+        yield from (file for name in names if name[0] != "." and (file := Path(root, name)).is_file())
 
 
 class ImageSource:
@@ -95,7 +98,7 @@ class ImageSource:
                         f"the image `{file.relative_to(path)}`."
                     )
             names = [part[0] for part in parts]
-            empty = [each.name for each in path.iterdir() if each.is_dir() and each.name not in set(names)]
+            empty = {each.name for each in path.iterdir() if each.is_dir() and each.name[0] != "."} - set(names)
             if empty:
                 logger.warning("Folders without an image are no classes: %s.", ", ".join(sorted(empty)))
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from transformers.utils import logging
 
-from .exiting_gaml import policy_class, policy_from_config
+from .exiting_gaml import EXIT_FIELDS, changed_exits, policy_class, policy_from_config
 
 
 logger = logging.get_logger(__name__)
@@ -272,6 +272,9 @@ class GamlConfigMixin:
         # The parent sets overrides after the validators have run; ours go through them.
         refuse_misspelt(kwargs, cls)
         kwargs = {cls.attribute_map.get(key, key): value for key, value in kwargs.items()}
+        if given := {name: kwargs[name] for name in EXIT_FIELDS if kwargs.get(name) is not None}:
+            stored = {name: config_dict.get(name, getattr(cls, name)) for name in EXIT_FIELDS}
+            kwargs |= {"exit_strategy": changed_exits(stored, given)["exit_strategy"]}
         known = {field.name for field in fields(cls)} & kwargs.keys() - {"dtype"}
         if cls.model_class_name() in (config_dict.get("architectures") or ()):  # its exits are trained
             for name in known & {"exit_pooling", "exit_norm"}:
@@ -307,12 +310,12 @@ class GamlConfigMixin:
                 '`exit_pooler` must be "none" or "per_exit": the encoder has no pooler to share. '
                 f"Got `exit_pooler={self.exit_pooler!r}`."
             )
-        temperatures = self.exit_temperatures
+        temperatures, count = self.exit_temperatures, len(layers)
         if temperatures is not None and (
-            len(temperatures) != len(layers) or not all(0 < t < float("inf") for t in temperatures)
+            len(temperatures) != count or not all(0 < t < float("inf") for t in temperatures)
         ):
             raise ValueError(
-                f"`exit_temperatures` must hold one finite number above 0 for each of the {len(layers)} exits. "
+                f"`exit_temperatures` must hold one finite number above 0 for each of the {count} exits. "
                 f"Got `exit_temperatures={temperatures}`."
             )
 

@@ -294,6 +294,18 @@ def bfloat16_cost() -> float:
     return bfloat16 / float32
 
 
+class _WithoutGradient(torch.autograd.Function):
+    """`y`, made of `x` by an operator without a gradient: a backward pass stops here, and does not leave it out."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> None:
+        raise ValueError("A prepacked model has no gradients: load it anew, or take them before `prepack()`.")
+
+
 class PrepackedLinear(nn.Module):
     """
     A linear layer for inference on a CPU, whose weights lie in the order that oneDNN's kernels read them.
@@ -313,7 +325,13 @@ class PrepackedLinear(nn.Module):
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+        if x.dtype != self._packed.dtype:
+            raise ValueError(
+                f"A prepacked model runs in {self._packed.dtype}. Got {x.dtype}: leave `torch.autocast`, or cast the "
+                "model first, and call `prepack()` then."
+            )
+        y = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+        return _WithoutGradient.apply(x, y) if x.requires_grad and torch.is_grad_enabled() else y
 
     def train(self, mode: bool = True) -> "PrepackedLinear":
         if mode:

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 MIN_ROWS_TO_GUESS = 16
 
 EXIT_POLICIES: dict[str, type["ExitPolicy"]] = {}
+EXIT_FIELDS = ("exit_strategy", "patience", "budgeted_exit", "exit_threshold")  # of a config
 
 
 def register(policy: type["ExitPolicy"]) -> type["ExitPolicy"]:
@@ -136,6 +137,10 @@ class Budgeted(ExitPolicy):
     parameter = "budgeted_exit"
 
     def __init__(self, num_exits: int):
+        if isinstance(num_exits, bool) or not isinstance(num_exits, int) or num_exits < 1:
+            raise ValueError(
+                f"`num_exits` must be a whole number of at least 1: how many exits to run. Got {shown(num_exits)}."
+            )
         self.num_exits = num_exits
 
     @classmethod
@@ -311,6 +316,35 @@ def policy_class(exit_strategy: str) -> type[ExitPolicy]:
             f"`exit_strategy` must be one of {sorted(EXIT_POLICIES)}. Got `exit_strategy={shown(exit_strategy)}`."
         )
     return EXIT_POLICIES[exit_strategy]
+
+
+def changed_exits(fields: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """
+    The exit fields of a config, changed by what a caller gave; `None` means not given.
+
+    A parameter that one strategy alone reads implies that strategy. A threshold means opposite things to its two
+    readers, so no strategy is guessed from it, and a change of strategy does not inherit it.
+    """
+    changes = {name: value for name, value in changes.items() if value is not None}
+    readers = {
+        name: [strategy for strategy, policy in EXIT_POLICIES.items() if policy.parameter == name]
+        for name in EXIT_FIELDS
+        if name in changes and name != "exit_strategy"
+    }
+    strategy = changes.get("exit_strategy", fields["exit_strategy"])
+    policy_class(strategy)
+    if "exit_strategy" not in changes:
+        implied = [names[0] for names in readers.values() if strategy not in names and len(names) == 1]
+        strategy = implied[0] if implied else strategy
+    for name, names in readers.items():
+        if strategy not in names:
+            choices = " or ".join(f'`exit_strategy="{reader}"`' for reader in names)
+            raise ValueError(
+                f"`{name}` is read with {choices} alone; name the strategy you want. Got "
+                f"`{name}={shown(changes[name])}` with `exit_strategy={strategy!r}`."
+            )
+    inherited = fields if strategy == fields["exit_strategy"] else {**fields, "exit_threshold": None}
+    return {**inherited, **changes, "exit_strategy": strategy}
 
 
 def shown(value: Any) -> str:

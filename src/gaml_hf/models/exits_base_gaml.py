@@ -176,6 +176,7 @@ class ExitsBase:
         output_attentions: bool = False,
     ) -> GamlSequenceClassifierOutput:
         """`forward`, once the input of the first layer is there."""
+        self._check_exits()
         need_all = labels is not None or output_exit_logits or output_exit_states
         need_all |= output_hidden_states or output_attentions
         if not self.training and not need_all and not self._is_watched():
@@ -215,6 +216,15 @@ class ExitsBase:
             kd_loss=kd_loss,
             hidden_states=None if seen is None else tuple(seen),
         )
+
+    def _check_exits(self) -> None:
+        """What may have been set in the config since it was made; the policy's fields are looked at elsewhere."""
+        self.config.validate_exits()
+        if not set(map(str, self.config.exit_layers)) <= self.exit_classifiers.keys():
+            raise ValueError(
+                f"`exit_layers` must be among those the model was made with, [{', '.join(self.exit_classifiers)}]. "
+                f"Got `exit_layers={self.config.exit_layers}`."
+            )
 
     @property
     def exit_modules(self) -> list[str]:
@@ -287,8 +297,11 @@ class ExitsBase:
             changes["budgeted_exit"] = None
             changes["exit_strategy"] = "none" if config.exit_strategy == "budgeted" else config.exit_strategy
         smaller = type(self)(type(config).from_dict(config.to_dict(), **changes))
+        check_plain_weights(self, "truncate")
         state = self.state_dict()
         smaller.load_state_dict({key: state[key] for key in smaller.state_dict()})
+        smaller.exits_are_new = self.exits_are_new
+        smaller.new_exit_weights = self.new_exit_weights & state.keys() & smaller.state_dict().keys()
         return smaller.to(device=self.device, dtype=self.dtype).eval()
 
     def _is_watched(self) -> bool:
@@ -398,6 +411,21 @@ class ExitsBase:
             raise ValueError(
                 f"`{name}` must lie between 0 and {bound - 1} ({meaning} is {bound}). Row {row} holds "
                 f"{int(values[wrong][0])}."
+            )
+
+
+def check_plain_weights(model: nn.Module, what: str) -> None:
+    """Before `what` reads them: refuse layers whose weights are not all there is, or no numbers."""
+    for name, module in model.named_modules():
+        if hasattr(module, "base_layer"):
+            raise ValueError(
+                f"`{what}` reads the weights of the layers, and `{name}` has an adapter beside its own. Merge it into "
+                "them first (`merge_and_unload()` of PEFT)."
+            )
+        if callable(getattr(module, "weight", None)):  # of `torch.ao.quantization`
+            raise ValueError(
+                f"`{what}` reads the weights of the layers, and those of `{name}` are quantized. Do it before the "
+                "quantization."
             )
 
 

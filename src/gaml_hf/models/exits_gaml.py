@@ -18,7 +18,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .engine_gaml import LAYER_FUNCTIONS, EncoderHooks, Layout, PrepackedLinear, bfloat16_cost, prepacking_gain
 from .exiting_gaml import ExitPolicy
-from .exits_base_gaml import ExitsBase, GamlSequenceClassifierOutput
+from .exits_base_gaml import ExitsBase, GamlSequenceClassifierOutput, check_plain_weights
 
 # Not used here: a save copies only the files that this one imports. Inference Endpoints look for the handler, and the
 # config names the pipeline.
@@ -283,6 +283,7 @@ class ExitsMixin(ExitsBase, EncoderHooks):
         linears = [module for module in first if isinstance(module, nn.Linear)]
         if not linears:  # they are prepacked
             return self
+        check_plain_weights(self, "prepack")
         if not has_onednn:
             logger.warning("Not prepacked: this build of PyTorch has no oneDNN. The model is as it was.")
             return self
@@ -296,6 +297,19 @@ class ExitsMixin(ExitsBase, EncoderHooks):
                 if isinstance(child, nn.Linear):
                     setattr(module, name, PrepackedLinear(child))
         return self
+
+    def _apply(self, fn, recurse: bool = True):
+        for linear in self._prepacked():
+            linear._apply(fn)  # refuses a cast or a move before anything is changed
+        return super()._apply(fn, recurse)
+
+    def train(self, mode: bool = True):
+        for linear in self._prepacked() if mode else ():
+            linear.train(mode)  # refuses, before temperatures are dropped
+        return super().train(mode)
+
+    def _prepacked(self) -> list[PrepackedLinear]:
+        return [module for module in self.modules() if isinstance(module, PrepackedLinear)]
 
     def compile(self, *args, **kwargs) -> None:
         """

@@ -1,7 +1,9 @@
 """The image-classification pipeline with exits: the stock one, plus where each image left, and a say in it."""
 
+import base64
 import os
 from collections.abc import Iterator
+from io import BytesIO
 from types import GeneratorType
 from typing import Any
 
@@ -87,10 +89,10 @@ class GamlImageClassificationPipeline(ExitPipelineMixin, ImageClassificationPipe
         check_counts(kwargs)
         batch_size = kwargs.get("batch_size") or self._batch_size or 1
         on_error = kwargs.get("on_error") or self._preprocess_params.get("on_error")
-        if on_error == "skip" and batch_size > 1 and not getattr(self.image_processor, "do_resize", True):
+        if on_error == "skip" and batch_size > 1 and not _makes_one_size(self.image_processor):
             raise ValueError(
-                "`on_error='skip'` needs images of one size: an image processor with `do_resize`, or `batch_size=1`. "
-                f"Got `batch_size={batch_size}`."
+                "`on_error='skip'` needs an image processor that makes images of one size (`do_resize` to a height "
+                f"and a width, or `do_center_crop`), or `batch_size=1`. Got `batch_size={batch_size}`."
             )
         if isinstance(inputs, (tuple, Iterator)) and not isinstance(inputs, GeneratorType):
             inputs = list(inputs) if isinstance(inputs, tuple) else (image for image in inputs)
@@ -123,6 +125,8 @@ class GamlImageClassificationPipeline(ExitPipelineMixin, ImageClassificationPipe
             elif isinstance(image, str) and os.path.isfile(image):
                 with Image.open(image) as file:
                     check_mode(file)
+            elif isinstance(image, str) and not image.startswith(("http://", "https://")):
+                image = _image_of_base64(image)
             pixel_values = self._pixels(image, timeout)
         except Exception as problem:  # of a decoder, the web or the image processor
             error = f"{name}: {problem}"
@@ -148,6 +152,25 @@ class GamlImageClassificationPipeline(ExitPipelineMixin, ImageClassificationPipe
         exit_layer = int(model_outputs["exit_layer"][0])
         answers = super().postprocess(model_outputs, function_to_apply=function_to_apply, top_k=top_k)
         return [{**answer, "exit_layer": exit_layer} for answer in answers]
+
+
+def _makes_one_size(image_processor: Any) -> bool:
+    """Whether all images come out of it in one height and one width."""
+    size = getattr(image_processor, "size", None) or {}
+    if getattr(image_processor, "do_center_crop", False):
+        return True
+    return getattr(image_processor, "do_resize", True) and {"height", "width"} <= dict(size).keys()
+
+
+def _image_of_base64(text: str) -> Image.Image:
+    """As Transformers' `load_image` reads it, but for the mode, which that takes away, and an error of any length."""
+    try:
+        encoded = text.split(",")[1] if text.startswith("data:image/") else text
+        image = Image.open(BytesIO(base64.decodebytes(encoded.encode())))
+    except Exception:  # of decoders
+        raise ValueError(f"a `str` must be a path, a URL or an image in base64. Got {shown(text)}.") from None
+    check_mode(image)
+    return image
 
 
 def check_mode(image: Image.Image) -> None:

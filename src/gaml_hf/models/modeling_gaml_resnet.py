@@ -243,7 +243,8 @@ class GamlResNetForImageClassification(ExitsBase, ResNetPreTrainedModel):
 
     def _exit_early(self, hidden_states: Tensor, attention_mask: None, policy: ExitPolicy) -> tuple[Tensor, Tensor]:
         """Dynamic exiting for a whole batch: the maps of rows that leave are dropped between blocks."""
-        if policy.fixed_exit(self.config.num_exits) is not None or torch.jit.is_tracing():
+        is_graph = torch.jit.is_tracing() or torch.compiler.is_exporting()
+        if is_graph or policy.fixed_exit(self.config.num_exits) is not None:
             return self._exit_at_one_layer(hidden_states, attention_mask, policy)
         last = self.config.num_hidden_layers
         exits = set(self.config.exit_layers)

@@ -17,10 +17,9 @@ import torch
 from torch.utils.data import Dataset, IterableDataset
 from transformers import TextClassificationPipeline
 
-from .exiting_gaml import EXIT_POLICIES, policy_class, policy_from_config, shown
+from .exiting_gaml import EXIT_FIELDS, changed_exits, policy_from_config, shown
 
 
-EXIT_FIELDS = ("exit_strategy", "patience", "budgeted_exit", "exit_threshold")  # of the config
 EXIT_ARGUMENTS = ("exit_policy", *EXIT_FIELDS)
 
 # What a caller may ask of the tokenizer. Its other options take [CLS] or the mask away, or return what no model reads.
@@ -75,6 +74,8 @@ class ExitPipelineMixin:
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1)
                 meant = f"Did you mean `{near[0]}`?" if near else f"The arguments are {', '.join(known)}."
+                if key == "text_pair":
+                    meant = 'A pair is one row: {"text": ..., "text_pair": ...}.'
                 name = key if len(key) < 50 else f"{key[:50]}..."
                 raise ValueError(f"`{name}` is not an argument of this pipeline. {meant}")
         return {name: kwargs.pop(name, None) for name in EXIT_ARGUMENTS}
@@ -299,7 +300,8 @@ class GamlTextClassificationPipeline(ExitPipelineMixin, TextClassificationPipeli
         with _tokenizer_lock:
             try:
                 near = texts
-                if truncation not in ("only_first", "only_second") and self.tokenizer.is_fast:
+                ends_at_limit = truncation not in ("only_first", "only_second")
+                if ends_at_limit and self.tokenizer.is_fast and self.tokenizer.truncation_side == "right":
                     near = self._near_texts(texts, max_length, split_special_tokens)
                 arguments |= near
                 encoding = self.tokenizer(**arguments, truncation=truncation)
@@ -466,35 +468,6 @@ class _NumberedStream(IterableDataset):
 
     def __iter__(self):
         return (_Row(number, value) for number, value in enumerate(self.rows))
-
-
-def changed_exits(fields: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """
-    The exit fields of a config, changed by what a caller gave; `None` means not given.
-
-    A parameter that one strategy alone reads implies that strategy. A threshold means opposite things to its two
-    readers, so no strategy is guessed from it, and a change of strategy does not inherit it.
-    """
-    changes = {name: value for name, value in changes.items() if value is not None}
-    readers = {
-        name: [strategy for strategy, policy in EXIT_POLICIES.items() if policy.parameter == name]
-        for name in EXIT_FIELDS
-        if name in changes and name != "exit_strategy"
-    }
-    strategy = changes.get("exit_strategy", fields["exit_strategy"])
-    policy_class(strategy)
-    if "exit_strategy" not in changes:
-        implied = [names[0] for names in readers.values() if strategy not in names and len(names) == 1]
-        strategy = implied[0] if implied else strategy
-    for name, names in readers.items():
-        if strategy not in names:
-            choices = " or ".join(f'`exit_strategy="{reader}"`' for reader in names)
-            raise ValueError(
-                f"`{name}` is read with {choices} alone; name the strategy you want. Got "
-                f"`{name}={shown(changes[name])}` with `exit_strategy={strategy!r}`."
-            )
-    inherited = fields if strategy == fields["exit_strategy"] else {**fields, "exit_threshold": None}
-    return {**inherited, **changes, "exit_strategy": strategy}
 
 
 def _check_tokenizer(tokenizer: Any, config: Any) -> None:

@@ -6,6 +6,7 @@ segments, and the next one is given only the rows that stay. Needs `pip install 
 """
 
 import copy
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from gaml_hf.models.auto import GamlAutoConfig
 from gaml_hf.models.configuration_gaml import GamlConfigMixin
 from gaml_hf.models.engine_gaml import PrepackedLinear
 from gaml_hf.models.exiting_gaml import ExitPolicy, policy_for_call
-from gaml_hf.models.exits_base_gaml import GamlSequenceClassifierOutput
+from gaml_hf.models.exits_base_gaml import GamlSequenceClassifierOutput, check_plain_weights
 from gaml_hf.models.exits_gaml import ExitsMixin
 
 
@@ -80,11 +81,13 @@ def export_onnx(
     folder = Path(folder)
     if precision not in ("fp32", "int8"):
         raise ValueError(f"`precision` must be 'fp32' or 'int8'. Got `precision={precision!r}`.")
+    if not hasattr(getattr(model, "config", None), "exit_layers"):
+        raise ValueError(f"`model` must be a model with exits. Got a {type(model).__name__}.")
     if getattr(model, "layer_parts", None) is None:  # an encoder of images has no such field
         raise ValueError(
-            f"{type(model).__name__} cannot be exported: its layers are not built of BERT's parts. Run it in PyTorch, "
-            "with `prepack()` on a CPU."
+            f"{type(model).__name__} cannot be exported: its layers are not built of BERT's parts. Run it in PyTorch."
         )
+    check_plain_weights(model, "export_onnx")
     if any(isinstance(module, PrepackedLinear) for module in model.modules()):
         raise ValueError(
             "`model` must have its weights in their usual order, and those of this one are prepacked for PyTorch. "
@@ -114,10 +117,16 @@ def export_onnx(
             else:
                 graph = _exit_graph(model, int(depth))
             segment = _to_model(graph)
-            onnx.helper.set_model_props(segment, {"precision": precision})
+            onnx.helper.set_model_props(segment, {"precision": precision, "exits": json.dumps(_exits_of(config))})
             onnx.save(segment, stage / name)
         write_seal(stage, "*.onnx")  # not the config, which may be edited
     return folder
+
+
+def _exits_of(config: GamlConfigMixin) -> dict[str, Any]:
+    """What of a config is in the graphs: edited in `config.json`, it would no longer be what they do."""
+    names = ("num_hidden_layers", "num_labels", "exit_layers", "exit_pooling", "exit_pooler", "exit_norm")
+    return {name: getattr(config, name) for name in names}
 
 
 def _to_model(graph: Any) -> Any:
@@ -191,7 +200,6 @@ def _embeddings_graph(model: ExitsMixin) -> Any:
     import onnx
 
     parts, graph = model.embedding_parts(), _Graph()
-    start = graph.weight("first_position", np.array([parts.first_position]))
     total = graph.node("Gather", [graph.weight("word_embeddings", parts.word.weight), "input_ids"], "word")
     inputs = ["input_ids"]
     if parts.token_type is not None:
@@ -200,9 +208,17 @@ def _embeddings_graph(model: ExitsMixin) -> Any:
         token_type = graph.node("Gather", [table, "token_type_ids"], "token_type")
         total = graph.node("Add", [total, token_type], "word_and_type")
     length = graph.node("Shape", ["input_ids"], "length", start=1, end=2)  # (1,)
-    end = graph.node("Add", [length, start], "last_position")
     table = graph.weight("position_embeddings", parts.position.weight)
-    position = graph.node("Slice", [table, start, end], "position")  # (sequence_length, embedding_size)
+    if parts.first_position == 0:
+        start = graph.weight("first_position", np.array([0]))
+        position = graph.node("Slice", [table, start, length], "position")  # (sequence_length, embedding_size)
+    else:  # RoBERTa's way: a padding token, in a text too, has the place before the first one and is not counted
+        axis, padding = graph.weight("axis", np.array(1)), graph.weight("padding", np.array(parts.first_position - 1))
+        is_token = graph.node("Not", [graph.node("Equal", ["input_ids", padding], "is_padding")], "is_token")
+        counts = graph.node("Cast", [is_token], "counts", to=onnx.TensorProto.INT64)
+        number = graph.node("CumSum", [counts, axis], "token_number")
+        place = graph.node("Add", [graph.node("Mul", [number, counts], "number_or_0"), padding], "position_place")
+        position = graph.node("Gather", [table, place], "position")  # (batch_size, sequence_length, embedding_size)
     total = graph.node("Add", [total, position], "sum")
     norm = [graph.weight("norm.weight", parts.norm.weight), graph.weight("norm.bias", parts.norm.bias)]
     last = "hidden_states" if parts.projection is None else "normalized"
@@ -418,7 +434,14 @@ class GamlOrtModelForSequenceClassification:
             session = onnxruntime.InferenceSession(folder / name, options, providers=["CPUExecutionProvider"])
             self._segments[Path(name).stem] = session
             if len(self._segments) == 1:  # the embeddings, which are float32 at either precision
-                self.precision = session.get_modelmeta().custom_metadata_map["precision"]
+                about = session.get_modelmeta().custom_metadata_map
+                self.precision = about["precision"]
+                for name, exported in json.loads(about.get("exits", "{}")).items():  # not of older ones
+                    if exported != getattr(config, name):
+                        raise ValueError(
+                            f"`{name}` of the config in `{folder}` must be that of the export, {exported}. Got "
+                            f"{getattr(config, name)}. Export again with `gaml_hf.runtime.ort.export_onnx`."
+                        )
                 self.weight_type = "float32" if self.precision == "fp32" else exact_weight_type()
         self._input_names = [value.name for value in self._segments["embeddings"].get_inputs()]
         logger.info(f"`{folder}` runs with weights of type {self.weight_type}.")
@@ -504,8 +527,8 @@ class GamlOrtModelForSequenceClassification:
         """As [`ExitsMixin.forward`], for these inputs, which lie on the CPU."""
         self._check_inputs(input_ids, None, attention_mask, token_type_ids, None, None, False)
         policy = policy_for_call(exit_policy, self.config)
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
+        self.config.validate_exits()
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask != 0
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(input_ids)
         run = self._run_all_exits if output_exit_logits else self._exit_early
@@ -534,6 +557,8 @@ class GamlOrtModelForSequenceClassification:
         """Puts the hidden states behind layer m into `states`; logits of its exit, `(batch_size, num_labels)`."""
         config = self.config
         cls_only = is_last and config.exit_pooling == "cls"  # which nothing else reads any more
+        if self.precision == "int8" and m < config.num_hidden_layers:
+            cls_only = False  # one scale for what runs together: [CLS] alone would get another answer than with all
         num_queries = np.array([1 if cls_only else states[0].shape[1]])
         feeds = {"hidden_states": states[0], "attention_mask": mask, "num_queries": num_queries}
         if len(states) > 1:
@@ -615,10 +640,12 @@ def _longest(mask: np.ndarray) -> int:
 @contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
     """A folder to write into, which then becomes `folder` in one rename."""
-    if folder.exists():
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"The folder must be new: an export replaces nothing. Got `{folder}`, which exists.")
     with staging_folder(folder.parent) as stage:
         yield stage
+        if folder.exists():  # an empty one, which a pipeline makes before it saves its model
+            folder.rmdir()
         stage.rename(folder)
 
 

@@ -357,6 +357,11 @@ class ClassifierLoader(NamedTuple):
                 model = model.eval().prepack()
             except ValueError as error:  # float16, say
                 logger.warning(f"Not prepacked: {error} The model is as it was.")
+        if self.onnx and not Path(self.model, "tokenizer_config.json").is_file():
+            raise ValueError(
+                f"`model` must be an export with its tokenizer. Got `{self.model}`, without `tokenizer_config.json`: "
+                "export again with `export_onnx(..., tokenizer=tokenizer)`, or save the tokenizer into the folder."
+            )
         tokenizer = AutoTokenizer.from_pretrained(self.model, trust_remote_code=False)
         device = "cpu" if self.onnx or self.prepack else self.device
         return GamlTextClassificationPipeline(model=model, tokenizer=tokenizer, device=device)

@@ -31,8 +31,8 @@ from starlette.requests import ClientDisconnect
 from transformers.pipelines.base import pad_collate_fn
 
 from gaml_hf.evaluation import ExitCertificate
-from gaml_hf.models.exiting_gaml import FullDepth, policy_from_config, shown
-from gaml_hf.models.pipeline_gaml import EXIT_FIELDS, TOKENIZER_ARGUMENTS, GamlTextClassificationPipeline, _Row
+from gaml_hf.models.exiting_gaml import EXIT_FIELDS, FullDepth, policy_from_config, shown
+from gaml_hf.models.pipeline_gaml import TOKENIZER_ARGUMENTS, GamlTextClassificationPipeline, _Row
 
 from .adaptive import Capped, ExitCap
 from .batching import Item, MicroBatcher

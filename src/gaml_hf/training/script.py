@@ -63,8 +63,7 @@ from gaml_hf.hub import TOLD_ARGUMENTS, TOLD_FIELDS, push_checkpoint, save_check
 from gaml_hf.hub.folders import training_checkpoints
 from gaml_hf.models.configuration_gaml import PAPER_LETTER, GamlConfigMixin
 from gaml_hf.models.engine_gaml import bfloat16_cost
-from gaml_hf.models.exiting_gaml import EXIT_POLICIES, policy_from_config
-from gaml_hf.models.pipeline_gaml import EXIT_FIELDS, changed_exits
+from gaml_hf.models.exiting_gaml import EXIT_FIELDS, EXIT_POLICIES, changed_exits, policy_from_config
 
 from .trainer import GamlTrainer
 
