@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .configuration_gaml import where_from
+
 
 # Every family of texts: its module, and the class names in it without `Config` and `ForSequenceClassification`.
 FAMILIES = {
@@ -51,8 +53,7 @@ def _plain_types() -> list[str]:
 
 
 def _classes_for(name: Any, kwargs: Mapping[str, Any]) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
-    where = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
-    found, _ = PreTrainedConfig.get_config_dict(name, **{key: kwargs[key] for key in where if key in kwargs})
+    found, _ = PreTrainedConfig.get_config_dict(name, **where_from(kwargs))
     if not found:
         raise OSError(f"`{name}` has no `config.json`. If a save was killed there, save again.")
     if (classes := classes_of(found.get("model_type"))) is None:

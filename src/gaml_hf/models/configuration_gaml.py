@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
@@ -397,6 +398,12 @@ def refuse_misspelt(kwargs: dict[str, Any], config: Any) -> None:
     for key in kwargs:
         if key not in names and (match := difflib.get_close_matches(key, own, n=1, cutoff=0.8)):
             raise ValueError(f"`{key}` is not a field of {config._family()}. Did you mean `{match[0]}`?")
+
+
+def where_from(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What of the arguments of a `from_pretrained` says where the checkpoint's files are found."""
+    names = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+    return {name: kwargs[name] for name in names if name in kwargs}
 
 
 def _check_class_numbers(id2label: Any) -> None:

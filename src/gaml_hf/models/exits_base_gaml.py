@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput, cached_file, logging
 from transformers.utils.output_capturing import capture_outputs
 
 from .checksums_gaml import verify_weights, weight_files, write_checksum
-from .configuration_gaml import GamlConfigMixin
+from .configuration_gaml import GamlConfigMixin, where_from
 from .exiting_gaml import ExitPolicy, policy_for_call, policy_from_config, shown
 from .losses_gaml import cross_entropy_loss, distillation_loss, distillation_pairs, exit_weights, total_loss
 
@@ -436,8 +436,7 @@ def layer_norm(state: Tensor) -> Tensor:
 
 def _forget_the_old_exits(config: GamlConfigMixin, name: str | os.PathLike, kwargs: dict) -> None:
     """Set back what `from_pretrained(name, **kwargs)` took over from exits that it did not take over."""
-    where = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
-    stored, _ = type(config).get_config_dict(name, **{key: kwargs[key] for key in where if key in kwargs})
+    stored, _ = type(config).get_config_dict(name, **where_from(kwargs))
     fresh = type(config)()
     gone = []
     for field in FIELDS_OF_THE_EXITS:
