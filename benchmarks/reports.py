@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from scipy import optimize, stats
 
-from benchmarks.runs import decode_array, main_metric, scorer
+from benchmarks.runs import SECOND_STAGE, decode_array, main_metric, scorer
 from gaml_hf.evaluation import choose, layer_speed_up, plots, replay, sweep
 from gaml_hf.evaluation.glue import get_task
 
@@ -182,7 +182,7 @@ def answer(result: dict[str, Any], exit_strategy: str, target: tuple[float, floa
     parameter = None
     if exit_strategy != "none":
         points = sweep(logits["held_out"], labels["held_out"], config, exit_strategy, score, compared)
-        logger = logging.getLogger("gaml_hf.evaluation")
+        logger = logging.getLogger("gaml_hf.evaluation.choice")
         logger.disabled = True  # where nothing lies in the target, the table tells
         try:
             point = choose(points, target)
@@ -314,6 +314,7 @@ def paired_difference(ours: Sequence[Measured], theirs: Sequence[Measured]) -> D
     """
     for one, other in zip(ours, theirs, strict=True):
         check_rows(one, other)
+        check_rows(ours[0], one)
     differences = np.array([one.score - other.score for one, other in zip(ours, theirs, strict=True)])
     if len(differences) < 2:
         return None
@@ -327,8 +328,11 @@ def paired_difference(ours: Sequence[Measured], theirs: Sequence[Measured]) -> D
     def half(p: float) -> float:
         return float(np.linalg.norm(stats.t.isf(p / 2, freedom) * errors))
 
-    smallest = 1e-12
-    p = optimize.brentq(lambda p: half(p) - abs(mean), smallest, 1.0) if half(smallest) > abs(mean) else smallest
+    smallest, p = 1e-12, 1.0
+    if half(smallest) <= abs(mean):
+        p = smallest
+    elif mean:
+        p = optimize.brentq(lambda p: half(p) - abs(mean), smallest, 1.0)
     return Difference(mean, mean - half(0.05), mean + half(0.05), p)
 
 
@@ -536,7 +540,8 @@ def table4(results: Results) -> str:
     for task in tasks_of(results):
         for system in ("bert", "multi-exit", "fastbert", "fastbert-joint", "ml", "gaml-hard", "gaml-soft"):
             found = [r for r in with_halves(results, system) if r["run"]["task"] == task]
-            early = sum(r["stopped_at_step"] < r["run"]["epochs"] * r["steps_per_epoch"] for r in found)
+            stages = 2 if system in SECOND_STAGE else 1
+            early = sum(r["stopped_at_step"] < stages * r["run"]["epochs"] * r["steps_per_epoch"] for r in found)
             rows.append(
                 [
                     task,
@@ -784,7 +789,12 @@ def exits(results: Results) -> str:
         blocks.append(f"### {task} ({get_task(task).main_metric} x 100)\n\n" + table(header, rows))
         if compared := price_of_leaving(groups):
             header = ["system", "reads", "norm", "rate", "warm start", "at 1.9x, less its last exit"]
-            header += ["less plain of half the layers", "less multi-exit at 1.9x"]
+            header += [
+                "less plain",
+                "less plain of half the layers",
+                "less multi-exit at 1.9x",
+                "last exit, less plain",
+            ]
             blocks.append(f"### {task}, same seeds\n\n" + table(header, compared))
     return "\n".join(blocks)
 
@@ -792,7 +802,8 @@ def exits(results: Results) -> str:
 def price_of_leaving(groups: Mapping[tuple, Sequence[dict[str, Any]]]) -> list[list[str]]:
     """
     What leaving early by entropy at 1.9x costs, over the seeds that two systems share: against the model's own last
-    exit, a plain model of half the layers, and multi-exit training. `groups` are the runs of each system and kind.
+    exit, plain models of all layers and of half of them, and multi-exit training; and what exits cost the last one
+    against the plain model. `groups` are the runs of each system and kind.
     """
 
     def by_seed(key: tuple, value: Callable[[dict[str, Any]], Measured]) -> dict[int, Measured]:
@@ -801,20 +812,20 @@ def price_of_leaving(groups: Mapping[tuple, Sequence[dict[str, Any]]]) -> list[l
     def last(result: dict[str, Any]) -> Measured:
         return at_exits(result, result["exit_layers"][-1:], get_task(result["run"]["task"]).main_metric)
 
-    def less(early: dict[int, Measured], other: dict[int, Measured]) -> str:
-        seeds = sorted(early.keys() & other.keys())
-        difference = paired_difference([early[s] for s in seeds], [other[s] for s in seeds])
+    def less(one: dict[int, Measured], other: dict[int, Measured]) -> str:
+        seeds = sorted(one.keys() & other.keys())
+        difference = paired_difference([one[s] for s in seeds], [other[s] for s in seeds])
         return "" if difference is None else str(difference)
 
     rows = []
     for (system, *kind), found in groups.items():
         if len(found) < 2 or len(found[0]["exit_layers"]) == 1:
             continue
-        early = by_seed((system, *kind), at_speed)
+        early, own = by_seed((system, *kind), at_speed), by_seed((system, *kind), last)
+        plain = by_seed(("plain", *kind), last)
         half = by_seed((f"plain, {found[0]['full_depth'] // 2} layers", *kind), last)
         joint = {} if system == "multi-exit" else by_seed(("multi-exit", *kind), at_speed)
-        compared = [by_seed((system, *kind), last), half, joint]
-        rows.append([system, *kind, *(less(early, other) for other in compared)])
+        rows.append([system, *kind, *(less(early, other) for other in (own, plain, half, joint)), less(own, plain)])
     return rows
 
 

@@ -41,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a program
 from benchmarks import reports
 from benchmarks.baselines import BASELINES
 from benchmarks.images import DEPTHS, IMAGE_SYSTEMS, ImageRun
-from benchmarks.runs import EXIT_SYSTEMS, IMAGE_TASKS, Run, Settings, encoder_digest, perform
+from benchmarks.runs import EXIT_SYSTEMS, IMAGE_TASKS, SECOND_STAGE, Run, Settings, encoder_digest, perform
 from gaml_hf.evaluation.glue import GLUE_TASKS, get_task
 
 
@@ -300,7 +300,7 @@ def seconds_of(run: Run, known: list[dict]) -> float | None:
         ]
         if rates:
             rows = statistics.median(result["rows"]["train"] for result in known if result["run"]["task"] == run.task)
-            return statistics.mean(rates) * rows * run.epochs
+            return statistics.mean(rates) * rows * run.epochs * (2 if run.system in SECOND_STAGE else 1)
     return None
 
 

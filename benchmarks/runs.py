@@ -11,6 +11,7 @@ import copy
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 import time
 import zlib
@@ -390,7 +391,12 @@ def teacher(
             _, model = fit(of, settings, arguments, common, full_depth)
         unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
         model.save_pretrained(unfinished)
-        os.replace(unfinished, folder)
+        try:
+            os.replace(unfinished, folder)
+        except OSError:
+            if not folder.exists():
+                raise
+            shutil.rmtree(unfinished)  # another shard was first, with the same one
         set_seed(run.seed)
     of_system = GamlAutoModelForSequenceClassification if system in EXIT_SYSTEMS else BertForSequenceClassification
     return of_system.from_pretrained(folder)

@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import fields
 
+from huggingface_hub.errors import StrictDataclassError
 from pytest import mark, raises
 from transformers import AutoConfig, BertConfig, RobertaConfig
 
@@ -244,5 +245,8 @@ def test_a_parameter_alone_implies_its_strategy_when_loaded(tmp_path):
     GamlBertConfig().save_pretrained(tmp_path)
     with raises(ValueError, match="`exit_threshold` is read with .* alone; name the strategy you want"):
         load(tmp_path, exit_threshold=0.1)
+    GamlBertConfig(exit_strategy="entropy", exit_threshold=0.3).save_pretrained(tmp_path)
+    with raises(StrictDataclassError, match="`exit_threshold` must be a number in .* Got `exit_threshold=None`"):
+        load(tmp_path, exit_strategy="max_prob")  # 0.3 was chosen for entropy
     with raises(ValueError, match='`patience` is read with `exit_strategy="patience"` alone'):
         load(tmp_path, patience=2, exit_strategy="entropy", exit_threshold=0.1)

@@ -15,6 +15,7 @@ import torch
 import transformers.modeling_utils
 from huggingface_hub import ModelCard, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
+from peft import LoraConfig
 from pytest import mark, raises
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -831,6 +832,13 @@ def test_a_push_that_fails_does_not_stop_the_training(trainer, hub_server, caplo
 def test_a_trainer_refuses_to_push_pickles(trainer, hub_server, strategy):
     with raises(ValueError, match=f'`hub_strategy` must be "end" or "every_save".* Got "{strategy}"'):
         trainer(push_to_hub=True, hub_strategy=strategy, hub_model_id="me/mine")
+
+
+def test_a_trainer_refuses_to_push_adapters(model, trainer, hub_server):
+    """Before the first step: at the first save they would be found to be no whole model."""
+    model.add_adapter(LoraConfig(target_modules=["query"]))
+    with raises(ValueError, match="GamlTrainer pushes whole models, .* Train without `push_to_hub`, merge them"):
+        trainer(push_to_hub=True, hub_model_id="me/mine")
 
 
 def test_a_trainer_without_a_tokenizer_refuses_to_push(trainer, hub_server):

@@ -207,6 +207,7 @@ def test_an_angle_for_each_block(model):
         ({"exit_layers": [1, 2]}, "`exit_layers` must be rising layer numbers between 1 and 6"),
         ({"stem": "big"}, "stem"),
         ({"kd_temperature_growth": 0.5}, "`kd_temperature_growth` must be a finite number of at least 1"),
+        ({"kd_temperature_growth": 1.05, "num_labels": 2}, "`kd_temperature_growth` above 1 is for three classes"),
     ],
 )
 def test_a_wrong_configuration(change, message):
@@ -310,6 +311,15 @@ def test_the_temperature_rises_where_the_last_exit_is_sure(tmp_path):
     assert second.model.config.kd_temperature == approx(expected[-1])
     for key, value in trainer.model.state_dict().items():
         assert second.model.state_dict()[key].equal(value)
+
+
+def test_the_temperature_looks_at_all_micro_batches_of_a_step(tmp_path):
+    model = trainer_of(tmp_path, distillation="last_to_all", kd_temperature_growth=1.25).model.train()
+    sure, images = [], torch.randn(7, 3, 32, 32)
+    for rows in (slice(0, 2), slice(2, 7)):
+        logits = model(images[rows], labels=torch.zeros(len(images[rows]), dtype=torch.int64)).exit_logits[:, -1]
+        sure += logits.softmax(dim=-1).amax(dim=-1).tolist()
+    assert model.teacher_confidence.tolist() == approx([sum(sure), 7], rel=1e-5)
 
 
 def test_one_step_of_alignment_moves_everything(tmp_path):

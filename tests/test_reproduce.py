@@ -224,6 +224,15 @@ def test_a_difference_over_seeds_by_hand():
     assert reports.paired_difference([measured(1), measured(2)], [measured(1), measured(2)]).p == 1.0
 
 
+def test_a_difference_of_nothing_on_the_whole():
+    difference = reports.paired_difference([measured(1), measured(0)], [measured(0), measured(1)])
+    assert (difference.mean, difference.p) == (0, 1.0)
+    assert difference.low == -difference.high < -12
+    other = reports.Measured(0.0, np.zeros(9), np.ones(9))  # each seed by itself holds its rows in one order
+    with raises(ValueError, match="rows in different orders"):
+        reports.paired_difference([measured(1), other], [measured(0), other])
+
+
 def test_a_difference_over_rows_is_the_t_test_of_the_rows():
     rng = np.random.default_rng(0)
     labels = np.zeros(40)
@@ -382,8 +391,22 @@ def test_what_leaving_early_costs_by_hand(monkeypatch):
     # Two seeds: mean ± 12.706 |d1 - d2| / 2, for that is the 97.5% quantile of t at one degree of freedom. Three, -2,
     # 0 and -10: -4 ± 4.3027 * 3.055, and p = 1 - 1.309 / sqrt(2 + 1.309^2).
     assert reports.price_of_leaving(groups) == [
-        ["multi-exit", *kind, "-3.0 [-15.7, +9.7], p=0.205", "+1.0 [+1.0, +1.0], p=0.000", ""],
-        ["ml", *kind, "-4.0 [-17.1, +9.1], p=0.321", "+2.5 [-3.9, +8.9], p=0.126", "+1.5 [-4.9, +7.9], p=0.205"],
+        [
+            *("multi-exit", *kind),
+            "-3.0 [-15.7, +9.7], p=0.205",  # its last exit
+            "-9.5 [-15.9, -3.1], p=0.033",  # plain: -10 and -9
+            "+1.0 [+1.0, +1.0], p=0.000",
+            "",
+            "-6.5 [-25.6, +12.6], p=0.144",  # its last exit, less plain: -8 and -5
+        ],
+        [
+            *("ml", *kind),
+            "-4.0 [-17.1, +9.1], p=0.321",
+            "-8.0 [-20.7, +4.7], p=0.079",
+            "+2.5 [-3.9, +8.9], p=0.126",
+            "+1.5 [-4.9, +7.9], p=0.205",
+            "-7.0 [-7.0, -7.0], p=0.000",
+        ],
     ]
 
 

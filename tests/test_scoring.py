@@ -602,6 +602,15 @@ def test_a_stream_in_several_processes(load, tmp_path):
 
 
 @mark.parametrize("num_proc", [1, 2])
+def test_a_stream_without_the_column(load, tmp_path, num_proc):
+    """Whose columns nobody knows before its first rows."""
+    stream = IterableDataset.from_generator(lambda: iter([{"sentence": "good"}] * 3))
+    with raises(ValueError, match=r"`text_columns` must .*sentence"):
+        score_file(stream, tmp_path / "out.csv", load, num_proc=num_proc, progress=False)
+    assert not (tmp_path / "out.csv").exists()
+
+
+@mark.parametrize("num_proc", [1, 2])
 def test_cells_of_any_kind_in_any_row(load, classifier, tmp_path, num_proc):
     """A bad row is that row's error in one process as in two, and other columns are nobody's business."""
     rows = [{"text": "good", "other": 1} if i % 2 else {"text": "bad", "other": "x"} for i in range(9)]

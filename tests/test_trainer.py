@@ -742,6 +742,22 @@ def test_an_evaluation_that_fails_loses_nothing(tmp_path, strategy):
     assert_same_weights(weights_of(resumed.model), undisturbed)
 
 
+def test_a_trial_that_is_pruned_is_no_failed_evaluation(tmp_path):
+    class TrialPruned(Exception):  # Optuna's
+        pass
+
+    def prune(prediction):
+        raise TrialPruned
+
+    more = {"eval_dataset": Rows(), "compute_metrics": prune}
+    trainer = make_trainer(
+        tmp_path, make_model(), more=more, eval_strategy="steps", eval_steps=2, save_strategy="steps"
+    )
+    with raises(TrialPruned):
+        trainer.train()
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
 # Evaluation
 
 

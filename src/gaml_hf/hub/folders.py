@@ -169,7 +169,8 @@ def why_incomplete(folder: str | os.PathLike, *, without_state: bool = False) ->
         return why_unsealed(folder, without_state=without_state)
     try:
         json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))  # the stock Trainer's last file
-        weights = weight_files(folder) or [folder / "model.safetensors"]
+        adapters = folder / "adapter_model.safetensors"  # all that PEFT saves
+        weights = weight_files(folder) or [adapters if adapters.is_file() else folder / "model.safetensors"]
         for path in weights:
             verify_checksum(path)
     except FileNotFoundError as error:

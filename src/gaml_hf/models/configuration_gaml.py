@@ -275,7 +275,8 @@ class GamlConfigMixin:
         kwargs = {cls.attribute_map.get(key, key): value for key, value in kwargs.items()}
         if given := {name: kwargs[name] for name in EXIT_FIELDS if kwargs.get(name) is not None}:
             stored = {name: config_dict.get(name, getattr(cls, name)) for name in EXIT_FIELDS}
-            kwargs |= {"exit_strategy": changed_exits(stored, given)["exit_strategy"]}
+            changed = changed_exits(stored, given)
+            kwargs |= {name: changed[name] for name in ("exit_strategy", "exit_threshold")}
         known = {field.name for field in fields(cls)} & kwargs.keys() - {"dtype"}
         if cls.model_class_name() in (config_dict.get("architectures") or ()):  # its exits are trained
             for name in known & {"exit_pooling", "exit_norm"}:
@@ -334,6 +335,11 @@ class GamlConfigMixin:
             raise ValueError(
                 "`kd_temperature_growth` must be a finite number of at least 1. "
                 f"Got `kd_temperature_growth={self.kd_temperature_growth}`."
+            )
+        if self.kd_temperature_growth > 1 and self.num_labels == 2:
+            raise ValueError(
+                "`kd_temperature_growth` above 1 is for three classes and more: of two, the largest probability is "
+                f"never below the 0.5 where it stops. Got `kd_temperature_growth={self.kd_temperature_growth}`."
             )
         if not 0 < self.exit_learning_rate_multiplier < float("inf"):
             raise ValueError(

@@ -96,7 +96,7 @@ class ExitsBase:
         self.exits_are_new = True  # until a GamlTrainer has begun to train them, or trained ones are loaded
         self.last_exit_alone = False  # whether the others do not learn now; see `mixed_training`
         self.training_progress = 0.0  # share of the steps made, which a GamlTrainer tells
-        self.teacher_confidence: Tensor | None = None  # see `kd_temperature_growth`
+        self.teacher_confidence: Tensor | None = None  # sum over the rows of a step, and their number
         self.new_exit_weights: set[str] = set()  # that `from_pretrained` made, until a GamlTrainer has trained them
         self.post_init()
 
@@ -393,7 +393,8 @@ class ExitsBase:
         pairs = [] if alone else distillation_pairs(config.distillation, config.exit_layers)
         if self.training and pairs and config.kd_temperature_growth > 1:
             confidence = (exit_logits[:, -1].detach().float() / config.kd_temperature).softmax(dim=-1).amax(dim=-1)
-            self.teacher_confidence = confidence.mean()
+            told = torch.stack([confidence.sum(), confidence.new_tensor(len(confidence))])
+            self.teacher_confidence = told if self.teacher_confidence is None else self.teacher_confidence + told
         kd_loss = distillation_loss(
             exit_logits,
             pairs,

@@ -8,7 +8,7 @@ travel as one pickle each: a cell may be anything, and what Arrow would make of 
 import contextlib
 import os
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import islice
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from ray.data.datasource import Datasource, ReadTask
 from gaml_hf.models.exiting_gaml import shown
 from gaml_hf.models.pipeline_gaml import GamlTextClassificationPipeline
 
-from .scoring import _score_window
+from .scoring import _score_window, check_first_rows
 
 
 class RayEngine(NamedTuple):
@@ -87,7 +87,7 @@ class RayEngine(NamedTuple):
             # The context holds for what is made in it, and not while the caller has a prediction in hand.
             with ray.data.DataContext.current(_context()):
                 windows = ray.data.read_datasource(
-                    _Windows(rows, window, os.getcwd()),
+                    _Windows(rows, text_columns, window, os.getcwd()),
                     override_num_blocks=1,
                     num_cpus=0,  # else it would wait for one where actors have them all
                     label_selector={"ray.io/node-id": node},
@@ -162,8 +162,8 @@ def _context() -> ray.data.DataContext:
 class _Windows(Datasource):
     """The rows, a window in each block: its pickle, or that of the exception that reading it raised."""
 
-    def __init__(self, rows: Iterable[Mapping[str, Any]], window: int, folder: str):
-        self.rows, self.window, self.folder = rows, window, folder
+    def __init__(self, rows: Iterable[Mapping[str, Any]], text_columns: Sequence[str], window: int, folder: str):
+        self.rows, self.text_columns, self.window, self.folder = rows, text_columns, window, folder
 
     def estimate_inmemory_data_size(self) -> int | None:
         return None
@@ -178,6 +178,8 @@ class _Windows(Datasource):
             with contextlib.chdir(self.folder):  # for a relative path: a worker has a folder of its own
                 rows = iter(self.rows)
                 while chunk := list(islice(rows, self.window)):
+                    if start == 0:
+                        check_first_rows(self.text_columns, chunk)
                     yield _block((start, chunk))
                     start += len(chunk)
         except Exception as error:

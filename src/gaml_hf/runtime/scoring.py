@@ -108,15 +108,20 @@ def _score_windows(
 ):
     rows, start = iter(rows), 0
     while chunk := list(islice(rows, min(window, sys.maxsize))):
-        if start == 0 and (dicts := [row for row in chunk if isinstance(row, Mapping)]):
-            # A stream may not know its columns before.
-            _check_columns(text_columns, list(dict.fromkeys(name for row in dicts for name in row)))
+        if start == 0:
+            check_first_rows(text_columns, chunk)
         predictions = _score_window(chunk, start, classifier, text_columns, batch_size, arguments, tell)
         for prediction in predictions:
             if on_error == "raise" and prediction["error"] is not None:
                 raise ValueError(f"Row {prediction['row']}: {prediction['error']}")
             yield prediction
         start += len(chunk)
+
+
+def check_first_rows(text_columns: Sequence[str], chunk: Sequence[Any]) -> None:
+    """A stream may not know its columns before: of the first rows, whether any has those that are asked for."""
+    if dicts := [row for row in chunk if isinstance(row, Mapping)]:
+        _check_columns(text_columns, list(dict.fromkeys(name for row in dicts for name in row)))
 
 
 def _score_window(
@@ -240,6 +245,8 @@ def _score_in_processes(
     with ProcessPoolExecutor(num_proc, get_context("spawn"), _keep, (load_classifier,)) as pool:
         try:
             while (chunk := list(islice(rows, min(window, sys.maxsize)))) or waiting:
+                if chunk and start == 0:
+                    check_first_rows(text_columns, chunk)
                 if chunk:
                     waiting.append(pool.submit(_score_chunk, chunk, start, text_columns, batch_size, arguments))
                     start += len(chunk)

@@ -144,6 +144,12 @@ class CompletePushes:
             )
         if self.processing_class is None:
             raise ValueError("A push needs the tokenizer, `GamlTrainer(processing_class=tokenizer)`. Got None.")
+        if hasattr(self.model, "peft_config"):
+            raise ValueError(
+                "GamlTrainer pushes whole models, and of one with adapters it would push those alone. Train without "
+                "`push_to_hub`, merge them (`merge_and_unload()`), and push the model with "
+                "`gaml_hf.hub.save_checkpoint` and `push_checkpoint`; or the adapters by PEFT's own `push_to_hub`."
+            )
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ValueError(
                 "GamlTrainer pushes a model that is whole on one rank, not one spread by DeepSpeed or FSDP. Save it, "

@@ -124,6 +124,10 @@ class ExitTrainer(RobustTrainer):
             )
         if config.exit_warm_start:
             warm_start(model, states, labels, exit_layers)
+            if world_size > 1:  # nothing else would mend a last digit that two processors round differently
+                for name, parameter in model.named_parameters():
+                    if EXIT_PARAMETER.search(name):
+                        torch.distributed.broadcast(parameter.data, 0)
 
     def create_optimizer(self, *args, **kwargs):
         """As the stock Trainer's; the exits' parameters in groups of their own, with their own learning rate."""
@@ -255,7 +259,8 @@ class _ExitSchedule(TrainerCallback):
         if (confidence := model.teacher_confidence) is None:
             return
         model.teacher_confidence = None
-        if self.trainer.accelerator.reduce(confidence, "mean") > 0.5:  # of all ranks, for they share the temperature
+        total, num_rows = self.trainer.accelerator.reduce(confidence, "sum")  # of all ranks, who share the temperature
+        if total / num_rows > 0.5:
             model.config.kd_temperature *= model.config.kd_temperature_growth
 
     def on_train_end(self, args, state, control, **kwargs: Any):

@@ -64,7 +64,9 @@ class FiniteNumbers:
                 return super()._evaluate(trial, *args, **kwargs)
         except FloatingPointError:
             raise
-        except Exception:
+        except Exception as error:
+            if type(error).__name__ == "TrialPruned":  # Optuna's word for a trial that is not worth going on with
+                raise
             if self.args.save_strategy != SaveStrategy.NO and self.state.global_step > 0:
                 logger.error(f"The evaluation failed. The model is saved as it is at step {self.state.global_step}.")
                 self._save_checkpoint(self.model_wrapped, trial)
