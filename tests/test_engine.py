@@ -274,6 +274,16 @@ def test_what_a_prepacked_model_refuses_leaves_it_as_it_was(prepacked):
     assert prepacked(**batch).logits.equal(expected)
 
 
+def test_one_of_prepack_and_compile(model, prepacked):
+    with raises(ValueError, match="A prepacked model cannot be compiled"):
+        prepacked.compile()
+    model.compile(backend="eager")
+    with raises(
+        ValueError, match=r"A compiled model cannot be prepacked: take one of `compile\(\)` and `prepack\(\)`"
+    ):
+        model.prepack()
+
+
 def test_a_prepacked_model_has_no_gradients(model, prepacked):
     """They would be those of the residual connections alone, without a word."""
     batch = texts(5, 9)

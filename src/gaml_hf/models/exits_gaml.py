@@ -265,8 +265,11 @@ class ExitsMixin(ExitsBase, EncoderHooks):
             itself.
 
         Raises:
-            ValueError: the model is in training mode, not on the CPU, or in a type that oneDNN does not know here.
+            ValueError: the model is in training mode, compiled, not on the CPU, or in a type that oneDNN does not know
+                here.
         """
+        if "_layer_functions" in vars(self):
+            raise ValueError("A compiled model cannot be prepacked: take one of `compile()` and `prepack()`.")
         has_onednn = torch.backends.mkldnn.is_available()
         dtypes = [torch.float32]
         if has_onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported():
@@ -317,7 +320,14 @@ class ExitsMixin(ExitsBase, EncoderHooks):
 
         Whole, the loop over the exits would break at each decision. One compiled layer serves all layers, and by
         default (`dynamic=True`) all batch sizes and lengths. For training, `torch.compile(model)` does as ever.
+
+        Raises:
+            ValueError: the model is prepacked.
         """
+        if self._prepacked():
+            raise ValueError(
+                "A prepacked model cannot be compiled: the compiler does not know the order of its weights."
+            )
         kwargs = {"dynamic": True} | kwargs
         self._layer_functions = tuple(torch.compile(function, *args, **kwargs) for function in LAYER_FUNCTIONS)
 
