@@ -403,7 +403,7 @@ def test_it_is_read_back_from_a_saved_checkpoint(model, tokenizer, tmp_path):
     "change",
     [
         {"exit_threshold": 0.9999},
-        {"exit_strategy": "max_prob"},
+        {"exit_strategy": "max_prob", "exit_threshold": 0.9},
         {"exit_strategy": "none"},
         {"exit_temperatures": [1.0, 1.0, 2.5, 1.0]},
         {"exit_temperatures": None},
@@ -414,7 +414,7 @@ def test_it_is_read_back_from_a_saved_checkpoint(model, tokenizer, tmp_path):
 )
 def test_it_is_of_what_was_certified_alone(model, tokenizer, tmp_path, caplog, change):
     model.save_pretrained(tmp_path / "before")
-    assert GamlBertConfig.from_pretrained(tmp_path / "before", patience=3).exit_certificate is not None  # not its own
+    assert GamlBertConfig.from_pretrained(tmp_path / "before", alpha=0.3).exit_certificate is not None  # not its own
     assert not caplog.text
     loaded = GamlBertConfig.from_pretrained(tmp_path / "before", **change)
     assert loaded.exit_certificate is None

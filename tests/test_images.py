@@ -207,7 +207,6 @@ def test_an_angle_for_each_block(model):
         ({"exit_layers": [1, 2]}, "`exit_layers` must be rising layer numbers between 1 and 6"),
         ({"stem": "big"}, "stem"),
         ({"kd_temperature_growth": 0.5}, "`kd_temperature_growth` must be a finite number of at least 1"),
-        ({"kd_temperature_growth": 1.05, "num_labels": 2}, "`kd_temperature_growth` above 1 is for three classes"),
     ],
 )
 def test_a_wrong_configuration(change, message):

@@ -608,6 +608,12 @@ def test_a_growing_temperature_is_refused_where_copies_of_the_model_are_trained(
         trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
 
 
+def test_a_growing_temperature_is_refused_with_two_classes(tmp_path):
+    model = make_model(ga_mode="none", kd_temperature_growth=1.05, num_labels=2)
+    with raises(ValueError, match="`kd_temperature_growth` above 1 is for three classes and more"):
+        make_trainer(tmp_path, model).train()
+
+
 def test_an_encoder_with_weights_of_whole_numbers(tmp_path):
     """As a quantized one has, frozen, beside what is trained."""
     model = make_model(ga_mode="none")

@@ -336,11 +336,6 @@ class GamlConfigMixin:
                 "`kd_temperature_growth` must be a finite number of at least 1. "
                 f"Got `kd_temperature_growth={self.kd_temperature_growth}`."
             )
-        if self.kd_temperature_growth > 1 and self.num_labels == 2:
-            raise ValueError(
-                "`kd_temperature_growth` above 1 is for three classes and more: of two, the largest probability is "
-                f"never below the 0.5 where it stops. Got `kd_temperature_growth={self.kd_temperature_growth}`."
-            )
         if not 0 < self.exit_learning_rate_multiplier < float("inf"):
             raise ValueError(
                 "`exit_learning_rate_multiplier` must be a finite number above 0. "

@@ -217,6 +217,11 @@ class ExitTrainer(RobustTrainer):
                 "tell how sure the last exit is. Use torchrun, or show one GPU only. "
                 f"Got `kd_temperature_growth={config.kd_temperature_growth}` and {self.args.n_gpu} GPUs."
             )
+        if config.kd_temperature_growth > 1 and config.num_labels == 2:
+            raise ValueError(
+                "`kd_temperature_growth` above 1 is for three classes and more: of two, the largest probability is "
+                f"never below the 0.5 where it stops. Got `kd_temperature_growth={config.kd_temperature_growth}`."
+            )
         if not 0 <= self.args.label_smoothing_factor <= 1:
             raise ValueError(f"`label_smoothing_factor` must lie in [0, 1]. Got {self.args.label_smoothing_factor}.")
         if self.compute_loss_func is not None and (
