@@ -312,14 +312,15 @@ def paired_difference(ours: Sequence[Measured], theirs: Sequence[Measured]) -> D
     Raises:
         ValueError: two runs hold their rows in different orders.
     """
-    for one, other in zip(ours, theirs, strict=True):
+    pairs = list(zip(ours, theirs, strict=True))
+    for one, other in pairs:
         check_rows(one, other)
         check_rows(ours[0], one)
-    differences = np.array([one.score - other.score for one, other in zip(ours, theirs, strict=True)])
+    differences = np.array([one.score - other.score for one, other in pairs])
     if len(differences) < 2:
         return None
     mean = float(differences.mean())
-    without = np.mean([one.without - other.without for one, other in zip(ours, theirs, strict=True)], axis=0)
+    without = np.mean([one.without - other.without for one, other in pairs], axis=0)
     errors = np.array([differences.std(ddof=1) / len(differences) ** 0.5, (len(without) - 1) ** 0.5 * without.std()])
     if not errors.any():
         return Difference(mean, mean, mean, 1.0 if mean == 0 else 0.0)

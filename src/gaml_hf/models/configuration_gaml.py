@@ -312,12 +312,12 @@ class GamlConfigMixin:
                 '`exit_pooler` must be "none" or "per_exit": the encoder has no pooler to share. '
                 f"Got `exit_pooler={self.exit_pooler!r}`."
             )
-        temperatures, count = self.exit_temperatures, len(layers)
+        temperatures = self.exit_temperatures
         if temperatures is not None and (
-            len(temperatures) != count or not all(0 < t < float("inf") for t in temperatures)
+            len(temperatures) != len(layers) or not all(0 < t < float("inf") for t in temperatures)
         ):
             raise ValueError(
-                f"`exit_temperatures` must hold one finite number above 0 for each of the {count} exits. "
+                f"`exit_temperatures` must hold one finite number above 0 for each of the {len(layers)} exits. "
                 f"Got `exit_temperatures={temperatures}`."
             )
 

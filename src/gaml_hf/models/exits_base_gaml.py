@@ -393,7 +393,7 @@ class ExitsBase:
         pairs = [] if alone else distillation_pairs(config.distillation, config.exit_layers)
         if self.training and pairs and config.kd_temperature_growth > 1:
             confidence = (exit_logits[:, -1].detach().float() / config.kd_temperature).softmax(dim=-1).amax(dim=-1)
-            told = torch.stack([confidence.sum(), confidence.new_tensor(len(confidence))])
+            told = torch.stack([confidence.sum(), confidence.new_full((), len(confidence))])
             self.teacher_confidence = told if self.teacher_confidence is None else self.teacher_confidence + told
         kd_loss = distillation_loss(
             exit_logits,
