@@ -500,6 +500,30 @@ def test_exits_of_an_adapter_are_not_started_again(tmp_path, bert):
     assert max(moved.values()) < 1e-6
 
 
+@mark.parametrize("name", ["model", "model_init"])
+def test_adapters_go_on_as_if_never_interrupted(tmp_path, bert, name):
+    """Beside adapters PEFT saves nothing of the model, such as how far its temperature has grown."""
+
+    def trainer(**config):
+        def adapted():
+            base = from_bert(bert, ga_mode="none", kd_temperature=0.01, kd_temperature_growth=1.25, **config)
+            return get_peft_model(base, LoraConfig(**LORA, modules_to_save=base.exit_modules))
+
+        model = {"model": adapted()} if name == "model" else {"model": None, "more": {"model_init": adapted}}
+        return make_trainer(tmp_path / "out", **model, save_strategy="steps", save_steps=1)
+
+    whole = trainer()
+    whole.train()
+    assert whole.bare_model.config.kd_temperature == approx(0.01 * 1.25**3)  # sharp enough to be sure in every step
+    resumed = trainer()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    assert resumed.bare_model.config.kd_temperature == whole.bare_model.config.kd_temperature
+    for name, weight in weights_of(whole.model).items():
+        assert weights_of(resumed.model)[name].equal(weight)
+    with raises(ValueError, match="`exit_learning_rate_multiplier` must be as in the checkpoint .*Got 3"):
+        trainer(exit_learning_rate_multiplier=3.0).train(resume_from_checkpoint=True)
+
+
 FROZEN = {
     "by the book": lambda model: get_peft_model(model, LoraConfig(**LORA)),
     "adapters on random exits": lambda model: get_peft_model(

@@ -28,6 +28,7 @@ OTHER_LOSSES = (
     "exit; for anything else, override `compute_loss`: add to what `super().compute_loss` returns or, with "
     '`ga_mode="none"`, make the loss of `outputs.exit_logits`.'
 )
+BASE_CONFIG = "base_config.json"  # beside adapters; a `config.json` would have Transformers look for a whole model
 EXIT_PARAMETER = re.compile(r"(^|\.)exit_(classifiers|poolers)\.")  # its name, also where PEFT has wrapped it
 
 
@@ -148,19 +149,31 @@ class ExitTrainer(RobustTrainer):
 
     def _check_resume(self, checkpoint: Path) -> None:
         """The optimizer's groups, and the learning rate of each, are stored: they cannot be others on a resume."""
-        path, now = checkpoint / "config.json", self.model.config.exit_learning_rate_multiplier
-        if not path.is_file():  # of PEFT
-            return
+        now = self.model.config.exit_learning_rate_multiplier
         # A checkpoint that does not say it is of a time when exits learned at the rate of the encoder.
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        then = stored.get("exit_learning_rate_multiplier", 1.0)
+        then = self._stored_config(checkpoint).get("exit_learning_rate_multiplier", 1.0)
         if now != then:
             raise ValueError(
                 f"`exit_learning_rate_multiplier` must be as in the checkpoint to go on from, `{checkpoint}`, where "
                 f"it is {then}. Got {now}."
             )
-        if self.model.config.kd_temperature_growth > 1:
-            self.model.config.kd_temperature = stored["kd_temperature"]  # as far as it had grown
+
+    def _stored_config(self, checkpoint: Path) -> dict[str, Any]:
+        path = checkpoint / ("config.json" if self.bare_model is self.model else BASE_CONFIG)
+        if not path.is_file():  # adapters of an earlier version
+            return self.bare_model.config.to_dict()
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        config = self.bare_model.config  # of a new model, where there is a `model_init`
+        if config.kd_temperature_growth > 1:  # go on from where it had grown to
+            config.kd_temperature = self._stored_config(Path(resume_from_checkpoint))["kd_temperature"]
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save and self.bare_model is not self.model:  # PEFT saves its own config alone
+            self.bare_model.config.to_json_file(Path(output_dir or self.args.output_dir) / BASE_CONFIG)
 
     # Whether all of them learn
 
