@@ -6,7 +6,9 @@ It stands outside the package because `import gaml_hf` takes seconds: `--help` a
 
 import argparse
 import re
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -58,9 +60,29 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns 0, or 1 where rows were skipped; argparse leaves with 2 where nothing was written."""
+    """
+    The command line. Returns 0, or 1 where rows were skipped; argparse leaves with 2 where nothing was written. Ctrl-C
+    and SIGTERM leave nothing behind, and end it with 130 and 143, as a shell counts.
+    """
     parser = make_parser()
     options = parser.parse_args(argv)
+    if threading.current_thread() is not threading.main_thread():  # where no signal can be caught
+        return _score(parser, options)
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return _score(parser, options)
+    except KeyboardInterrupt:
+        print("gaml-score: interrupted; nothing was written.", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(number: int, frame: Any) -> None:
+    sys.exit(128 + number)
+
+
+def _score(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     if (problem := _wrong_options(options) or _wrong_model(options.model, options.onnx)) is not None:
         parser.error(problem)
 

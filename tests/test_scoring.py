@@ -10,18 +10,21 @@ import random
 import signal
 import subprocess
 import sys
+import time
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from datasets import Dataset, IterableDataset
-from pytest import approx, fixture, mark, raises
+from pytest import approx, fixture, importorskip, mark, raises
 from transformers import BertConfig, BertForSequenceClassification
 
+import gaml_score
 from gaml_hf import GamlBertForSequenceClassification
 from gaml_hf.runtime import scoring
 from gaml_hf.runtime.ort import export_onnx
-from gaml_hf.runtime.scoring import score_file, score_rows
+from gaml_hf.runtime.scoring import ClassifierLoader, score_file, score_rows
 from gaml_score import main, make_parser
 
 
@@ -525,6 +528,65 @@ if __name__ == "__main__":
         [sys.executable, str(program)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
     )
     assert "{'rows': 4, 'skipped': 0}" in done.stdout, done.stderr
+
+
+@mark.skipif(os.name == "nt", reason="no such signals there")
+@mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_the_processes_end_with_the_first(folder, tmp_path, number, code):
+    """And a signal that can be caught leaves neither a file nor a hidden folder."""
+    write(tmp_path / "in.csv", ["a good film"] * 200_000)
+    words = f"--model {folder} --input in.csv --output out.csv --num_proc 2 --num_threads 1 --window 64 --no_progress"
+    with open(tmp_path / "told", "w") as told:
+        first = subprocess.Popen(
+            [sys.executable, gaml_score.__file__, *words.split()], cwd=tmp_path, stderr=told, start_new_session=True
+        )
+    while not any(path.stat().st_size for path in tmp_path.glob(".saving-*/out.csv")):  # rows are being answered
+        assert first.poll() is None, (tmp_path / "told").read_text()
+        time.sleep(0.05)
+    others = psutil.Process(first.pid).children(recursive=True)
+    assert len(others) >= 2
+    if number == signal.SIGINT:
+        os.killpg(first.pid, number)  # as a terminal does
+    else:
+        first.send_signal(number)
+    assert first.wait(30) == code
+    _, alive = psutil.wait_procs(others, timeout=30)
+    assert alive == []
+    assert not (tmp_path / "out.csv").exists()
+    assert len(list(tmp_path.glob(".saving-*"))) == (number == signal.SIGKILL)
+    assert ("interrupted; nothing was written." in (tmp_path / "told").read_text()) == (number == signal.SIGINT)
+
+
+@mark.parametrize("num_proc", [1, 2])
+def test_no_room_is_told_and_nothing_is_left(folder, tmp_path, num_proc):
+    resource = importorskip("resource")
+    write(tmp_path / "in.csv", TEXTS * 50)
+    words = f"--model {folder} --input in.csv --output out.csv --num_proc {num_proc} --num_threads 1 --no_progress"
+    done = subprocess.run(
+        [sys.executable, gaml_score.__file__, *words.split()],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
+    )
+    assert done.returncode == 2
+    assert "`--output` could not be written, for want of room. Got `out.csv`: " in done.stderr.splitlines()[-1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.csv", "model"]
+
+
+def test_who_writes_over_the_checkpoint_does_not_change_the_answers(folder):
+    """Weights are read as a view of their file: zeros would come through, and a file cut short ends the process."""
+    classifier = ClassifierLoader(str(folder), False, "cpu", None)()
+    before = classifier.model.state_dict()
+    before = {name: tensor.clone() for name, tensor in before.items()}
+    path = folder / "model.safetensors"
+    with open(path, "r+b") as file:
+        file.write(bytes(path.stat().st_size))
+        file.flush()
+        for name, tensor in classifier.model.state_dict().items():
+            assert tensor.equal(before[name]), name
+        file.truncate(0)
+    assert classifier("a good film")[0]["exit_layer"] >= 1
 
 
 @mark.parametrize(

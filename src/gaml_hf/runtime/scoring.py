@@ -9,19 +9,23 @@ Rows are read a window at a time and sorted by length inside it, so that a batch
 window is held in memory, or two for each of several processes, however long the file. A `.json` list is read whole.
 """
 
+import contextlib
 import csv
+import errno
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from functools import cache
 from itertools import islice
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -188,7 +192,7 @@ def score_file(
 
     Raises:
         ValueError: as in [`score_rows`]; a file is missing, of another kind, or cannot be read or written.
-        OSError: one of several processes was killed.
+        OSError: one of several processes was killed, or there is no room for the predictions.
     """
     _check_arguments(text_columns, batch_size, window, on_error)
     if type(num_proc) is not int or num_proc < 1:
@@ -241,8 +245,9 @@ def _score_in_processes(
 ) -> Iterator[dict[str, Any]]:
     """[`_score_windows`], with up to two windows for each process read ahead."""
     rows, start, waiting = iter(rows), 0, deque()
-    # Not forked: a child would wait for ever for the threads of a PyTorch that has run here.
-    with ProcessPoolExecutor(num_proc, get_context("spawn"), _keep, (load_classifier,)) as pool:
+    context = get_context("spawn")  # not forked: a child would wait for ever for the threads of a PyTorch here
+    watched, open_end = context.Pipe(duplex=False)  # closed with this process too, whatever ends it
+    with watched, open_end, ProcessPoolExecutor(num_proc, context, _keep, (load_classifier, watched)) as pool:
         try:
             while (chunk := list(islice(rows, min(window, sys.maxsize)))) or waiting:
                 if chunk and start == 0:
@@ -255,6 +260,9 @@ def _score_in_processes(
                         if on_error == "raise" and prediction["error"] is not None:
                             raise ValueError(f"Row {prediction['row']}: {prediction['error']}")
                         yield prediction
+        except BaseException:  # also of who reads no further
+            open_end.close()  # nobody waits for the windows that run
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -269,9 +277,18 @@ def _result(future: Future) -> list[dict[str, Any]]:
         ) from error
 
 
-def _keep(load_classifier: Callable[[], GamlTextClassificationPipeline]) -> None:
+def _keep(load_classifier: Callable[[], GamlTextClassificationPipeline], watched: Connection) -> None:
+    """Begin one of several processes, which ends when the other end of `watched` is closed."""
     global _classifier
     _classifier = cache(load_classifier)  # not called here: what it raises would be lost
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is told to all; the first process decides
+    threading.Thread(target=_end_with, args=(watched,), daemon=True).start()
+
+
+def _end_with(watched: Connection) -> None:
+    with contextlib.suppress(EOFError, OSError):
+        watched.recv()
+    os._exit(1)
 
 
 def _score_chunk(chunk, start, text_columns, batch_size, arguments) -> list[dict[str, Any]]:
@@ -279,23 +296,36 @@ def _score_chunk(chunk, start, text_columns, batch_size, arguments) -> list[dict
     return _score_window(chunk, start, _classifier(), text_columns, batch_size, arguments)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _writer(target: Path) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
     """A function that writes predictions to a file that becomes `target` at the end."""
     with staging_folder(target.parent) as stage:
         temporary = stage / target.name
-        if target.suffix == ".parquet":
-            with pq.ParquetWriter(temporary, SCHEMA) as parquet:
-                yield lambda chunk: parquet.write_table(pa.Table.from_pylist(chunk, SCHEMA))
-        else:
-            with open(temporary, "w", newline="", encoding="utf-8") as file:
-                if target.suffix == ".csv":
-                    table = csv.DictWriter(file, SCHEMA.names)
-                    table.writeheader()
-                    yield table.writerows
-                else:
-                    yield lambda chunk: file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in chunk)
+        try:
+            with _open_writer(temporary) as write:
+                yield write
+            with open(temporary, "rb") as file:
+                os.fsync(file)  # or a power cut could leave the name without the rows
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            raise OSError(f"`target` could not be written, for want of room. Got `{target}`: {error}") from error
         os.replace(temporary, target)
+
+
+@contextlib.contextmanager
+def _open_writer(path: Path) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
+    if path.suffix == ".parquet":
+        with pq.ParquetWriter(path, SCHEMA) as parquet:
+            yield lambda chunk: parquet.write_table(pa.Table.from_pylist(chunk, SCHEMA))
+        return
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        if path.suffix == ".csv":
+            table = csv.DictWriter(file, SCHEMA.names)
+            table.writeheader()
+            yield table.writerows
+        else:
+            yield lambda chunk: file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in chunk)
 
 
 def _check_arguments(text_columns, batch_size, window, on_error) -> None:
@@ -359,6 +389,9 @@ class ClassifierLoader(NamedTuple):
                     f"`model` must be a checkpoint with exits. Got `{self.model}`, a plain one: its exits would be "
                     "new, and answer at random. Train them first, by run_glue_gaml.py or GamlTrainer."
                 )
+            for tensor in (*model.parameters(), *model.buffers()):
+                # A loaded weight is a view of its file: who wrote over that would change, or end, what runs.
+                tensor.data = tensor.data.clone()
         if self.prepack:
             try:
                 model = model.eval().prepack()
