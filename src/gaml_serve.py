@@ -5,9 +5,11 @@ It stands outside the package because `import gaml_hf` takes seconds: `--help` a
 """
 
 import argparse
+import logging
 import os
 import socket
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -83,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         import uvicorn
 
-        from gaml_hf.runtime.serving import DrainingServer, ServerSettings, make_app
+        from gaml_hf.runtime.serving import LOADER, DrainingServer, ServerSettings, make_app
     except ImportError as error:
         parser.error(f"The server needs more packages: `pip install gaml_hf[serve]`. {error}")
     if (problem := _wrong_address(options.host, options.port)) is not None:
@@ -105,6 +107,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     server.run()
     if (failure := app.state.service.failure) is not None:
         parser.error(_in_words_of_the_command(str(failure), vars(options)))
+    if any(thread.name == LOADER for thread in threading.enumerate()):
+        # A model that still loads is left behind: under it, an interpreter that ends in the regular way aborts.
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(0)
     return 0
 
 

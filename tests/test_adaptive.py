@@ -66,6 +66,20 @@ def test_the_cap_by_hand():
     assert cap.tokens_per_second == approx((0.9 * 100 + 200) / (0.9 * 0.1 + 0.1))
 
 
+@mark.parametrize(("fixed", "tokens"), [(0.004, 46), (0.04, 80), (0.0, 50)])
+def test_a_batch_is_long_enough_to_be_worth_its_fixed_cost(fixed, tokens):
+    """Else batches would shrink to a row each, for each costs so much, and cost so much for being a row each."""
+    cap = ExitCap([2, 4], slo=0.4, clock=lambda: 0.0)
+    for n in (10, 30, 20, 10):
+        cap.ran(n, fixed + 0.001 * n)
+        assert cap.batch_tokens(4096) >= 10
+    assert cap.batch_tokens(4096) == approx(tokens, abs=1)
+    assert cap.batch_tokens(30) == 30
+    for n in (10, 30, 20) * 20:
+        cap.ran(n, 0.01)  # tokens cost nothing at all
+    assert cap.batch_tokens(4096) == 4096
+
+
 def test_time_without_a_request_is_calm():
     now = 0.0
     cap = ExitCap(range(1, 13), slo=0.1, clock=lambda: now)
@@ -75,8 +89,9 @@ def test_time_without_a_request_is_calm():
     assert cap.exit_layer == 1
     cap.update(10)
     now += 0.55
+    assert (cap.exit_layer, cap.exit_layer_now) == (1, 6)
     cap.update(10)
-    assert cap.exit_layer == 6
+    assert cap.exit_layer == cap.exit_layer_now == 6
     now += 60
     cap.update(10)
     assert cap.exit_layer == 12
@@ -94,7 +109,7 @@ SECONDS_PER_LAYER = 1 / (250 * 25 * 6.3)  # of a token: 250 requests a second, a
 SECONDS_PER_BATCH = 0.002
 
 
-def burst(adaptive, seed, slo, min_exit=1):
+def burst(adaptive, seed, slo, min_exit=1, seconds_per_batch=SECONDS_PER_BATCH):
     """
     A server, event by event: 60 requests a second and, for 20 of 60 seconds, 600. Batches and cap are the real ones.
 
@@ -116,7 +131,7 @@ def burst(adaptive, seed, slo, min_exit=1):
         batch = take_batch(queue, cap.batch_tokens(4096) if adaptive else 4096)
         if adaptive:
             cap.update(sum(item.tokens for item in queue))
-        seconds = SECONDS_PER_BATCH + SECONDS_PER_LAYER * sum(
+        seconds = seconds_per_batch + SECONDS_PER_LAYER * sum(
             item.tokens * min(item.value, cap.exit_layer) for item in batch
         )
         now += seconds
@@ -133,6 +148,14 @@ def test_a_burst_is_answered_in_time(slo):
         assert late < 0.01
         assert 0.2 < forced < 0.9
     assert burst(False, 0, slo)[0] > 0.6  # with fixed exits
+
+
+@mark.parametrize("seed", range(3))
+def test_a_burst_where_batches_have_a_price_of_their_own(seed):
+    """As on a GPU, or of a small encoder: in batches of one row, a sixth of the requests could be answered."""
+    assert burst(True, seed, 0.2, seconds_per_batch=0.01)[0] < 0.05
+    assert burst(True, seed, 0.1, seconds_per_batch=0.01)[0] < 0.6  # more than can be had, and better than fixed exits
+    assert burst(False, seed, 0.1, seconds_per_batch=0.01)[0] > 0.9
 
 
 def test_in_calm_nothing_is_forced_and_the_lowest_exit_holds(monkeypatch):

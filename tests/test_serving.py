@@ -356,7 +356,7 @@ def test_many_clients_get_their_own_answers_in_few_batches(classifier):
     for (text, which), response in zip(asked, responses, strict=True):
         assert response.json() == expected[text][which]
     assert metric(told, "gaml_requests_total", outcome="ok") == len(asked) == 120
-    assert metric(told, "gaml_batch_rows_sum") == metric(told, "gaml_exit_layer_count") == 121  # with the probe
+    assert metric(told, "gaml_batch_rows_sum") == 1 + metric(told, "gaml_exit_layer_count") == 121  # with the probe
     assert metric(told, "gaml_batch_rows_count") < 60
     assert metric(told, "gaml_exit_layer_bucket", le="1.0") >= 40
     assert metric(told, "gaml_request_seconds_count") == 120
@@ -442,7 +442,7 @@ def test_shadow_traffic_counts_the_classes_that_differ_at_full_depth(classifier)
     told, later = asyncio.run(shadow())
     assert metric(told, "gaml_shadow_disagreements_total") == differ > 0
     assert metric(later, "gaml_shadow_disagreements_total") == differ
-    assert metric(told, "gaml_exit_layer_count") == 31  # of what was answered, and the probe
+    assert metric(told, "gaml_exit_layer_count") == 30  # of what was answered
     assert metric(later, "gaml_shadow_rows_total") == 60
 
 
@@ -1015,6 +1015,29 @@ def test_a_second_signal_does_not_wait_for_what_is_in_flight(folder, monkeypatch
             process.send_signal(signal.SIGTERM)
             assert process.wait(60) == 0
             assert any(future.exception() is not None or future.result().status_code != 200 for future in in_flight)
+
+
+@mark.skipif(os.name == "nt", reason="no SIGTERM there")
+def test_who_does_not_read_does_not_keep_the_server(folder, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with command(folder, "--timeout_ms", "1500") as (process, url, lines), socket.socket() as deaf:
+        while httpx.get(f"{url}/health").status_code != 200:
+            time.sleep(0.02)
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        deaf.connect(("127.0.0.1", int(url.rpartition(":")[2])))
+        deaf.settimeout(1)
+        with contextlib.suppress(TimeoutError):  # until neither side takes any more
+            while True:
+                deaf.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n" * 1000)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+
+
+@mark.skipif(os.name == "nt", reason="no SIGTERM there")
+def test_a_server_that_still_loads_its_model_ends_in_the_regular_way(folder):
+    with command(folder) as (process, url, lines):
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0, "".join(lines)
 
 
 def test_options_and_settings_have_one_default():

@@ -16,6 +16,7 @@ from gaml_hf.models.exiting_gaml import ExitPolicy, shown
 
 FORGET = 0.9  # share that a measurement keeps of its weight at the next one
 BATCHES = 8  # that fit into the latency to keep: the cap moves once a batch, and must reach its lowest in time
+FIXED_SHARE = 1 / 3  # of a batch's seconds, at most, do not depend on its tokens: the less, the more are answered
 
 
 class Capped(ExitPolicy):
@@ -89,7 +90,7 @@ class ExitCap:
             )
         self.exit_layers, self.slo, self.clock = list(exit_layers), slo, clock
         self.lowest, self.position = self.exit_layers.index(min_exit), len(exit_layers) - 1
-        self._tokens = self._seconds = 0.0
+        self._sums = (0.0,) * 5  # of the last batches: 1, tokens, seconds, tokens^2, tokens x seconds
         self._calm_since: float | None = None
 
     @property
@@ -98,13 +99,19 @@ class ExitCap:
         return self.exit_layers[self.position]
 
     @property
+    def exit_layer_now(self) -> int:
+        """The layer that the cap would have if a batch came now, with none behind it."""
+        return self.exit_layers[self._risen(self.clock())]
+
+    @property
     def is_acting(self) -> bool:
         """Whether the cap keeps rows from any exit."""
         return self.position < len(self.exit_layers) - 1
 
     @property
     def tokens_per_second(self) -> float | None:
-        return self._tokens / self._seconds if self._seconds > 0 else None
+        _, tokens, seconds, _, _ = self._sums
+        return tokens / seconds if seconds > 0 else None
 
     def expected_wait(self, waiting_tokens: int) -> float:
         """Seconds until `waiting_tokens` are answered; 0 before anything was measured."""
@@ -120,16 +127,40 @@ class ExitCap:
         elif self._calm_since is None:
             self._calm_since = now
         else:
-            steps = int((now - self._calm_since) / self.slo)
-            self.position = min(self.position + steps, len(self.exit_layers) - 1)
-            self._calm_since += steps * self.slo
+            self.position = self._risen(now)
+            self._calm_since += self._steps(now) * self.slo
+
+    def _steps(self, now: float) -> int:
+        since = self._calm_since
+        return 0 if since is None else int((now - since) / self.slo)
+
+    def _risen(self, now: float) -> int:
+        return min(self.position + self._steps(now), len(self.exit_layers) - 1)
 
     def batch_tokens(self, max_tokens: int) -> int:
-        """Tokens of a batch that takes an eighth of `slo`, or `max_tokens` where that is less."""
-        rate = self.tokens_per_second
-        return max_tokens if rate is None else max(1, min(max_tokens, int(rate * self.slo / BATCHES)))
+        """
+        Tokens of a batch that takes an eighth of `slo`, or as long as its fixed cost is no more than `FIXED_SHARE` of
+        it; `max_tokens` where that is less.
+        """
+        if self.tokens_per_second is None:
+            return max_tokens
+        fixed, per_token = self._cost()
+        seconds = max(self.slo / BATCHES, fixed / FIXED_SHARE)
+        if (seconds - fixed) >= max_tokens * per_token:
+            return max_tokens
+        return max(1, int((seconds - fixed) / per_token))
+
+    def _cost(self) -> tuple[float, float]:
+        """Seconds of a batch, and of each token in it: least squares over the last batches, neither below 0."""
+        weight, tokens, seconds, squares, products = self._sums
+        spread = weight * squares - tokens**2
+        if spread <= 1e-6 * tokens**2:  # batches of one size do not tell
+            return 0.0, seconds / tokens
+        per_token = max(0.0, (weight * products - tokens * seconds) / spread)
+        fixed = (seconds - per_token * tokens) / weight
+        return (fixed, per_token) if fixed > 0 else (0.0, seconds / tokens)
 
     def ran(self, tokens: int, seconds: float) -> None:
         """Learn from a batch: its tokens and what it took."""
-        self._tokens = FORGET * self._tokens + tokens
-        self._seconds = FORGET * self._seconds + seconds
+        new = (1.0, tokens, seconds, tokens**2, tokens * seconds)
+        self._sums = tuple(FORGET * old + x for old, x in zip(self._sums, new, strict=True))

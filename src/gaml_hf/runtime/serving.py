@@ -13,6 +13,7 @@ import dataclasses
 import hmac
 import json
 import logging
+import math
 import random
 import threading
 import time
@@ -43,6 +44,7 @@ logger = logging.getLogger(__name__)
 # What `parameters` of a request may hold. The pipeline's other arguments are a policy object and how it batches.
 PARAMETERS = (*EXIT_FIELDS, *TOKENIZER_ARGUMENTS, "top_k", "function_to_apply", "on_error")
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+LOADER = "loader"  # the name of the thread that loads the model
 PROBE = "probe"  # the kind of a row by which the server tries the model
 SHADOW, MAX_SHADOWS = "shadow", 256  # the kind of rows that run again, and how many may wait
 SHADOW_WINDOW = 500  # rows that are compared with the certificate at a time
@@ -215,13 +217,15 @@ class Metrics:
         self.requests = Counter("gaml_requests", "Requests by outcome", ["outcome"], registry=registry)
         histogram = partial(Histogram, registry=registry)
         self.in_flight = Gauge("gaml_requests_in_flight", "Requests that are being answered", registry=registry)
-        self.request_seconds = histogram("gaml_request_seconds", "From arrival to answer", buckets=SECONDS)
+        self.request_seconds = histogram("gaml_request_seconds", "From arrival to answer, if `ok`", buckets=SECONDS)
         self.queue_seconds = histogram("gaml_queue_seconds", "From tokens to the model, by row", buckets=SECONDS)
         self.inference_seconds = histogram("gaml_inference_seconds", "Of one batch in the model", buckets=SECONDS)
         self.batch_rows = histogram("gaml_batch_rows", "Rows of one batch", buckets=POWERS)
         self.batch_tokens = histogram("gaml_batch_tokens", "Tokens of one batch", buckets=POWERS)
         self.queue_rows = Gauge("gaml_queue_rows", "Rows that wait for the model", registry=registry)
-        self.dropped_rows = Counter("gaml_dropped_rows", "Rows whose client left before they ran", registry=registry)
+        self.dropped_rows = Counter(
+            "gaml_dropped_rows", "Rows that did not run: their client left, or their time was up", registry=registry
+        )
         self.exit_cap = Gauge("gaml_exit_cap", "Layer that no row goes beyond", registry=registry)
         self.forced_exits = Counter("gaml_forced_exits", "Rows that left at the cap alone", registry=registry)
         self.shadow_rows = Counter("gaml_shadow_rows", "Rows that ran again to full depth", registry=registry)
@@ -237,7 +241,6 @@ class Metrics:
         self.exit_layer = Histogram(
             "gaml_exit_layer", "Layer at which a row left", buckets=exit_layers, registry=self.registry
         )
-        self.exit_cap.set(exit_layers[-1])
 
 
 class Service:
@@ -290,7 +293,8 @@ class Service:
     async def _load(self) -> None:
         try:
             self._loaded = await _in_thread_that_may_be_left(self.load_classifier)
-            self.metrics.know_exits(self._loaded.model.config.exit_layers)
+            self.metrics.know_exits(exit_layers := self._loaded.model.config.exit_layers)
+            self.metrics.exit_cap.set_function(lambda: self.exit_cap_now or exit_layers[-1])
             self._apply(self.settings)
             await self._probe()
             self.is_ready = True
@@ -323,8 +327,11 @@ class Service:
             self._shadows = [0, 0]
             self.metrics.certificate_broken.set(0)
             self.certificate = certificate
-        if exit_cap is None:
-            self.metrics.exit_cap.set(config.exit_layers[-1])
+
+    @property
+    def exit_cap_now(self) -> int | None:
+        """The layer that no row would go beyond; `None` without `slo_ms`."""
+        return None if (exit_cap := self.exit_cap) is None else exit_cap.exit_layer_now
 
     def change(self, changes: Any) -> ServerSettings:
         """New values of live knobs, for the requests to come."""
@@ -500,17 +507,16 @@ class Service:
 
     def _run(self, batch: list[Item], waiting_tokens: int) -> list[Outcome]:
         """One forward pass."""
-        is_shadow = batch[0].kind == SHADOW  # of which the cap, and what clients saw, know nothing
+        is_asked = batch[0].kind not in (SHADOW, PROBE)  # by a client; of others cap and metrics know nothing
         started, metrics = time.perf_counter(), self.metrics
-        exit_cap = None if batch[0].kind in (SHADOW, PROBE) else self.exit_cap
+        exit_cap = self.exit_cap if is_asked else None
         tokens = sum(item.tokens for item in batch)
-        for item in () if is_shadow else batch:
+        for item in batch if is_asked else ():
             metrics.queue_seconds.observe(started - item.since)
         _, classifier, forward = batch[0].value
         config, capped = classifier.model.config, None
         if exit_cap is not None:
             exit_cap.update(waiting_tokens - tokens)
-            metrics.exit_cap.set(exit_cap.exit_layer)
             if exit_cap.is_acting:
                 policy = forward.get("exit_policy") or policy_from_config(config)
                 capped = Capped(policy, exit_cap.position + 1)
@@ -533,7 +539,7 @@ class Service:
         at_cap = iter(() if capped is None else capped.forced)
         forced = [layer == cap and next(at_cap) for layer in exit_layers]
         metrics.forced_exits.inc(sum(forced))
-        for layer in () if is_shadow else exit_layers:
+        for layer in exit_layers if is_asked else ():
             metrics.exit_layer.observe(layer)
         return [
             Outcome(
@@ -561,7 +567,7 @@ def _in_thread_that_may_be_left(work: Callable[[], Any]) -> asyncio.Future:
             except BaseException as error:  # to whoever waits
                 outcome.set_exception(error)
 
-    threading.Thread(target=settle, name="loader", daemon=True).start()
+    threading.Thread(target=settle, name=LOADER, daemon=True).start()
     return asyncio.wrap_future(outcome)
 
 
@@ -578,6 +584,7 @@ async def _unless_client_leaves(request: Request, futures: list[asyncio.Future])
     if not futures:
         return []
     left, answers = asyncio.ensure_future(_client_leaves(request)), asyncio.gather(*futures)
+    answers.add_done_callback(lambda done: done.cancelled() or done.exception())  # or asyncio logs what nobody asked
     try:
         await asyncio.wait((left, answers), return_when=asyncio.FIRST_COMPLETED)
         if not answers.done():
@@ -777,7 +784,8 @@ def make_app(
             raise
         finally:
             service.metrics.requests.labels(outcome).inc()
-            service.metrics.request_seconds.observe(time.perf_counter() - started)
+            if outcome == "ok":  # refusals, which take no time, would hide how long the others waited
+                service.metrics.request_seconds.observe(time.perf_counter() - started)
 
     @app.post("/predict", openapi_extra=REQUEST, responses=errors)
     async def predict(request: Request) -> Response:
@@ -790,6 +798,7 @@ def make_app(
         return await answer(request, always_batch=True)
 
     @app.get("/health", responses={503: errors[503]})
+    @app.head("/health", include_in_schema=False)  # as some balancers ask
     async def health() -> Response:
         """200 once a forward pass has worked."""
         await service.check_health()
@@ -825,7 +834,7 @@ def _info(service: Service) -> dict[str, Any]:
         "architecture": config.model_type,
         "exit_layers": config.exit_layers,
         "max_input_length": service.classifier.max_length,
-        "exit_cap": None if service.exit_cap is None else service.exit_cap.exit_layer,
+        "exit_cap": service.exit_cap_now,
         "certificate": None if service.certificate is None else service.certificate.promise(),
         "settings": dataclasses.asdict(service.settings),
         "version": version("gaml_hf"),
@@ -845,19 +854,25 @@ def _check_admin(request: Request, admin_token: str | None) -> None:
 class DrainingServer(uvicorn.Server):
     """
     Uvicorn that, on the first SIGTERM or SIGINT, lets the application refuse new requests while it answers those in
-    flight, and ends when none is left; on a second signal, when the forward pass that runs is over.
+    flight, and ends when none is left; on a second signal, when the forward pass that runs is over. Who does not read
+    the answer is waited for as long as a request may take, `timeout_ms` from the first signal.
     """
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         service = self.config.app.state.service
         if service.is_draining:
             self.should_exit = self.force_exit = True
+        else:
+            self._deadline = time.monotonic() + service.settings.timeout_ms / 1e3
         service.is_draining = True
 
     async def on_tick(self, counter: int) -> bool:
         service = self.config.app.state.service
-        if service.failure is not None or (service.is_draining and service.in_flight == 0):
+        if service.failure is not None:
             self.should_exit = True
+        elif service.is_draining and service.in_flight == 0:
+            self.should_exit = True
+            self.config.timeout_graceful_shutdown = max(1, math.ceil(self._deadline - time.monotonic()))
         return await super().on_tick(counter)
 
 
