@@ -53,6 +53,7 @@ SIZES = {
     "camembert": {**BERT, "type_vocab_size": 1},
     "deberta-v2": {**BERT, **DEBERTA, "share_att_key": False},
     "deberta-v2, shared keys": {**BERT, **DEBERTA, "share_att_key": True},
+    "deberta-v2, no buckets": {**BERT, **DEBERTA, "position_buckets": -1, "max_relative_positions": 12},
     "distilbert": {**DISTILBERT, "max_position_embeddings": 40},
     "electra": {**BERT, "embedding_size": 16},
     "electra, one width": {**BERT, "embedding_size": 32},

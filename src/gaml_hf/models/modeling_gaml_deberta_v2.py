@@ -82,15 +82,15 @@ class GamlDebertaV2ForSequenceClassification(ExitsMixin, DebertaV2PreTrainedMode
         encoder, attention = self.deberta.encoder, self.encoder_layers[0].attention.self
         span = attention.pos_ebd_size
         any_rows = torch.empty(1, length, 1)
-        distance = build_relative_position(
+        distance = build_relative_position(  # of query and key, rising with the query's place
             any_rows, any_rows, attention.position_buckets, attention.max_relative_positions
-        )[0].clamp(-span, span - 1)  # of query and key, rising with the query's place; on the CPU, for `min` and `max`
-        low, high = min(int(distance.min()), -int(distance.max())), max(int(distance.max()), -int(distance.min()))
-        low, high = max(low, -span), min(high, span - 1)
+        )[0]  # on the CPU, for `min` and `max`
+        of_query, of_key = distance.clamp(-span, span - 1), (-distance).clamp(-span, span - 1)
+        low, high = torch.cat([of_query, of_key]).aminmax()
         return RelativePositions(
             embeddings=encoder.get_rel_embedding()[span + low : span + high + 1],
-            of_query=(distance - low).to(tokens.device),
-            of_key=((-distance).clamp(low, high) - low).to(tokens.device),
+            of_query=(of_query - low).to(tokens.device),
+            of_key=(of_key - low).to(tokens.device),
         )
 
     def _project_query(self, layer: nn.Module, tokens: Tensor) -> Tensor:
