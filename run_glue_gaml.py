@@ -248,7 +248,7 @@ def main(argv: list[str] | None = None) -> dict:
     argv = sys.argv[1:] if argv is None else argv
     model_args, data_args, gaml_args, training_args = parse_arguments(argv)
     set_up(training_args)
-    old_checkpoints, resume = what_to_resume(training_args)
+    old_checkpoints, resume = what_to_resume(training_args, model_args.model_name_or_path)
     if training_args.do_train:
         gaml_args.settle_strategy("entropy")
     gaml_args.check_policy()

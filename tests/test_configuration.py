@@ -98,8 +98,8 @@ def test_json_round_trip(values, tmp_path):
         # the policy
         (
             {"exit_strategy": "patient"},
-            "`exit_strategy` must be one of ['budgeted', 'entropy', 'max_prob', 'none', 'patience']. "
-            "Got `exit_strategy='patient'`",
+            "`exit_strategy` must be one of ['budgeted', 'entropy', 'max_prob', 'none', 'patience'], or one of "
+            "your own that is registered by then. Got `exit_strategy='patient'`",
         ),
         ({"exit_strategy": "patience"}, "`patience` must be a whole number of at least 1"),
         ({"exit_strategy": "patience", "patience": 0}, "Got `patience=0`"),

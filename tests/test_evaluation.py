@@ -136,6 +136,11 @@ def test_exit_metrics_in_a_trainer(build, input_ids, labels, tmp_path, kind):
         found = trainer.evaluate(rows, ignore_keys=ExitMetrics.ignore_keys)
     else:
         found = trainer.evaluate(rows)
+        trainer.args.eval_do_concat_batches = False
+        in_batches = trainer.evaluate(rows)
+        assert {name: in_batches[name] for name in found if "per_second" not in name and "time" not in name} == {
+            name: value for name, value in found.items() if "per_second" not in name and "time" not in name
+        }
 
     with torch.no_grad():
         live = model(input_ids)
@@ -286,6 +291,9 @@ def test_choose_refuses_nothing_to_choose_from():
         choose([])
     with raises(ValueError, match=r"`target` must be the lowest and the highest speed-up.*Got \(2.1, 1.8\)"):
         choose(points((0.9, 2.0)), target=(2.1, 1.8))
+    for target in (2, None, ("1", "2"), (1, 2, 3)):
+        with raises(ValueError, match="`target` must be the lowest and the highest speed-up"):
+            choose(points((0.9, 2.0)), target)
 
 
 # Calibration

@@ -163,7 +163,7 @@ def registry(monkeypatch):
 
 
 @mark.usefixtures("registry")
-def test_a_new_strategy_is_one_class(bert_kwargs):
+def test_a_new_strategy_is_one_class(bert_kwargs, tmp_path, caplog):
     @register
     class FirstClass(ExitPolicy):
         """Leave as soon as the prediction is class 0."""
@@ -177,6 +177,9 @@ def test_a_new_strategy_is_one_class(bert_kwargs):
     for m in range(1, 4):  # each row comes to another answer
         torch.nn.init.normal_(model.exit_classifiers[str(m)].weight)
     input_ids = torch.randint(5, 20, (16, 6))
+    model.save_pretrained(tmp_path)
+    assert "`exit_strategy='first_class'` is a class of your own (test_exiting), which does not go" in caplog.text
+    GamlBertForSequenceClassification.from_pretrained(tmp_path)  # registered here
     live, replayed = model(input_ids), model(input_ids, output_exit_logits=True)
     predictions = replayed.exit_logits.argmax(dim=-1).tolist()
     expected = [next((m for m, k in enumerate(row, start=1) if k == 0), 4) for row in predictions]

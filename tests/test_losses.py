@@ -34,6 +34,21 @@ def random_logits(batch_size=5, num_exits=4, num_labels=3):
     return 2 * torch.randn(batch_size, num_exits, num_labels)
 
 
+def test_losses_of_float64_are_float64():
+    """And right to its last digits, as a check of gradients needs them."""
+    logits, labels = random_logits().double().requires_grad_(), torch.tensor([0, 1, 2, 0, 1])
+    for loss in (
+        lambda x: cross_entropy_loss(x, labels, exit_weights(EXITS, "linear")),
+        lambda x: kd(x, "mutual", temperature=2.0),
+    ):
+        assert loss(logits).dtype == torch.float64
+        assert loss(logits.float()).dtype == loss(logits.bfloat16()).dtype == torch.float32
+    assert cross_entropy_loss(logits, labels, exit_weights(EXITS, "linear")).item() == approx(
+        ce_loss_reference(logits.tolist(), labels.tolist(), exit_weights(EXITS, "linear")), rel=1e-14
+    )
+    assert kd(logits, "mutual").item() == approx(kd_loss_reference(logits.tolist(), GRAPHS[0][1]), rel=1e-13)
+
+
 def test_equations_1_to_3_by_hand():
     # One row of class 0 and two exits: p_1 = (1/2, 1/2), p_2 = (3/4, 1/4).
     logits, labels = tensor([[[0.0, 0.0], [math.log(3), 0.0]]]), tensor([0])

@@ -462,6 +462,16 @@ def test_resuming_a_finished_run_keeps_its_time_and_loss(common, files, tmp_path
     assert part["train_metrics"]["train_loss"] == approx(np.mean(losses), rel=0.2)
 
 
+def test_the_encoder_is_not_written_over(common, files, tmp_path):
+    words = [*common, *with_files(files, "train"), "--do_train", "--max_steps", "1"]
+    folder = words[words.index("--model_name_or_path") + 1]
+    words[words.index("--output_dir") + 1] = folder
+    before = {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
+    with raises(ValueError, match="`output_dir` must be another folder than `model_name_or_path`"):
+        run_glue_gaml.main(words)
+    assert {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()} == before
+
+
 def test_a_run_started_anew_forgets_the_checkpoints_of_the_old_one(common, files, tmp_path):
     """Or a resume after a kill could go on with them."""
     words = [*common, *with_files(files, "train"), "--do_train", "--overwrite_output_dir", "--max_steps", "2"]

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from pytest import approx, fixture, mark, raises
 from torch.nn import functional as F
 from torch.testing import assert_close
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 from transformers import BertConfig, BertModel, Trainer, TrainerCallback, TrainingArguments
 
 from gaml_hf import PAPER_LETTER, GamlBertConfig, GamlBertForSequenceClassification, GamlTrainer
@@ -347,6 +347,80 @@ def test_a_compute_loss_set_on_a_trainer_is_looked_at_too(tmp_path):
         trainer.train()
 
 
+class Twice(GamlTrainer):
+    """R-Drop, say."""
+
+    def compute_loss(self, *args, **kwargs):
+        return (super().compute_loss(*args, **kwargs) + super().compute_loss(*args, **kwargs)) / 2
+
+
+def test_a_compute_loss_that_counts_twice_what_it_does_not_see_is_refused(tmp_path):
+    with raises(ValueError, match="`Twice.compute_loss` must call that of GamlTrainer once for a batch"):
+        train(tmp_path, make_model(), trainer_class=Twice)
+    alone = {"ga_mode": "none"}
+    assert_same_weights(
+        train(tmp_path, make_model(**alone), trainer_class=Twice)[0], train(tmp_path, make_model(**alone))[0]
+    )
+
+
+def test_exits_that_alignment_would_leave_alone_are_refused(tmp_path):
+    """L^CE has no gradient there, and c times nothing is nothing."""
+    fields = {"exit_loss_weights": "last", "distillation": "last_to_all"}
+    with raises(ValueError, match=r"in which exits \[1, 2\] have no part \(`exit_loss_weights='last'`\)"):
+        make_trainer(tmp_path, make_model(**fields))
+    before = weights_of(make_model())
+    after, _ = train(tmp_path, make_model(**fields, ga_mode="none"))
+    assert not after["exit_classifiers.1.weight"].equal(before["exit_classifiers.1.weight"])
+
+
+@mark.parametrize("mode", ["soft", "hard"])
+def test_float64_stays_float64(tmp_path, mode):
+    """So that a check of gradients sees no rounding; and alignment adds up what a sum in float32 could not."""
+    weights, _ = train(tmp_path, make_model(ga_mode=mode).double())
+    assert {weight.dtype for weight in weights.values() if weight.is_floating_point()} == {torch.float64}
+    expected, _ = train(tmp_path, make_model(ga_mode=mode))
+    for name, weight in expected.items():
+        assert_close(weights[name], weight, check_dtype=False, rtol=1e-4, atol=1e-5)
+
+
+@mark.parametrize("mode", ["none", "soft"])
+def test_a_model_that_is_frozen_cannot_be_trained(tmp_path, mode):
+    trainer = make_trainer(tmp_path, make_model(ga_mode=mode).requires_grad_(False))
+    trainer.evaluate(Rows())
+    with raises(ValueError, match="`model` must have something to train, and all of its parameters are frozen"):
+        trainer.train()
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        yield from Rows()
+
+
+@mark.parametrize("step", [2, 3, 5])
+def test_a_stream_goes_on_at_the_end_of_a_pass(tmp_path, step):
+    """Three steps are a pass; one that is skipped whole is not one without rows."""
+
+    def trainer():
+        made = make_trainer(
+            tmp_path,
+            make_model(),
+            max_steps=6,
+            per_device_train_batch_size=ROWS // 3,
+            save_strategy="steps",
+            save_steps=1,
+        )
+        made.train_dataset = Stream()
+        return made
+
+    whole = trainer()
+    whole.train()
+    resumed = trainer()
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+    assert resumed.state.global_step == 6
+    if step <= 3:  # of a later pass, accelerate has the sampler of a stream begin anew
+        assert_same_weights(weights_of(resumed.model), weights_of(whole.model))
+
+
 def test_a_compute_loss_that_leaves_nothing_out(tmp_path):
     model = make_model(ga_granularity="layer")
     assert_same_weights(train(tmp_path, model, trainer_class=Added)[0], reference_training("soft", "layer")[0])
@@ -610,6 +684,7 @@ REFUSED = {
     "nn.DataParallel": set_attribute("_n_gpu", 2),
     "spread over several devices.*": set_attribute("is_distributed_loading_by_transformers", True),
     "`parallelism_config`": lambda trainer: setattr(trainer.args, "parallelism_config", object()),
+    "`torch_compile`": lambda trainer: object.__setattr__(trainer.model, "_orig_mod", None),
     "reentrant checkpointing": lambda trainer: trainer.model.gradient_checkpointing_enable({"use_reentrant": True}),
 }
 
@@ -744,9 +819,10 @@ def test_logits_that_are_not_finite_are_no_answer(tmp_path):
         model.bert.embeddings.word_embeddings.weight[Rows().input_ids[2]] = math.nan
     broken = set(Rows().input_ids[2].tolist())
     row = next(i for i, ids in enumerate(Rows().input_ids.tolist()) if broken & set(ids))
-    trainer = make_trainer(tmp_path, model)
-    with raises(FloatingPointError, match=f"Prediction: the logits of row {row} are not finite"):
-        trainer.predict(Rows())
+    trainer = make_trainer(tmp_path, model, per_device_eval_batch_size=2)
+    for trainer.args.eval_do_concat_batches in (True, False):
+        with raises(FloatingPointError, match=f"Prediction: the logits of row {row} are not finite"):
+            trainer.predict(Rows())
     with raises(FloatingPointError, match="Evaluation: the loss is not finite"):
         trainer.evaluate(Rows())
 

@@ -153,16 +153,19 @@ def _check_features(features: Any, where: str, num_labels: int, needs_labels: bo
         if hasattr(label, "item") and getattr(label, "size", None) is not None:  # a number of NumPy or PyTorch
             label = label.item() if (label.numel() if isinstance(label, Tensor) else label.size) == 1 else label
         if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < num_labels:
-            raise ValueError(f"{where}, column {column!r}, {_label_rule(num_labels)}. Got {label!r}.{_hint(label)}")
+            raise ValueError(
+                f"{where}, column {column!r}, {_label_rule(num_labels)}. Got {label!r}." + _hint(label, needs_labels)
+            )
 
 
 def _label_rule(num_labels: int) -> str:
     return f"must be a whole number from 0 to {num_labels - 1} (`num_labels` of the model is {num_labels})"
 
 
-def _hint(label: Any) -> str:
+def _hint(label: Any, needs_labels: bool = True) -> str:
     if isinstance(label, int) and label < 0:
-        return " Elsewhere that says that a row has no label; here, take such rows out."
+        way_out = "take such rows out" if needs_labels else "leave the column out"
+        return f" Elsewhere that says that a row has no label; here, {way_out}."
     return ""
 
 
@@ -184,7 +187,8 @@ def _raise_at_first(
             value = values[at].as_py()
             got = f"a list of {len(value)}" if isinstance(value, list) else repr(value)
             raise ValueError(
-                f"Row {start + at} of the {split} dataset, column {column!r}, {rule}. Got {got}.{_hint(value)}"
+                f"Row {start + at} of the {split} dataset, column {column!r}, {rule}. Got {got}."
+                + _hint(value, needs_labels=split != "test")
             )
         start += len(values)
 

@@ -133,9 +133,10 @@ def choose(points: Sequence[OperatingPoint], target: tuple[float, float] = (1.8,
     """
     if not points:
         raise ValueError("`points` must hold at least one point of a sweep. Got none.")
+    is_pair = isinstance(target, Sequence) and len(target) == 2 and all(isinstance(x, int | float) for x in target)
+    if not is_pair or not 0 < target[0] <= target[1]:
+        raise ValueError(f"`target` must be the lowest and the highest speed-up, rising and above 0. Got {target!r}.")
     low, high = target
-    if not 0 < low <= high:
-        raise ValueError(f"`target` must be the lowest and the highest speed-up, rising and above 0. Got {target}.")
     inside = [point for point in points if point.within(target)]
     if inside:
         return max(inside, key=lambda point: (point.score, point.speed_up))

@@ -55,14 +55,17 @@ class ExitMetrics:
         self.config, self.score, self.main_metric = config, score, main_metric
 
     def __call__(self, eval_prediction: EvalPrediction) -> dict[str, float]:
-        predictions = eval_prediction.predictions
+        predictions, labels = eval_prediction.predictions, eval_prediction.label_ids
+        if isinstance(predictions, list) and isinstance(predictions[0], tuple):  # `eval_do_concat_batches=False`
+            predictions = tuple(np.concatenate(batches) for batches in zip(*predictions, strict=True))
+            labels = np.concatenate(labels)
         if not isinstance(predictions, tuple) or len(predictions) < 3:
             raise ValueError(
                 "`predictions` must be the tuple (logits, exit_layer, exit_logits), which the model returns for rows "
                 "with labels and a stock Trainer keeps with `ignore_keys=ExitMetrics.ignore_keys` (in `train`, "
                 f"`ignore_keys_for_eval`). Got {type(predictions).__name__}."
             )
-        exit_logits, labels = predictions[2], eval_prediction.label_ids
+        exit_logits = predictions[2]
         scores = score_exits(exit_logits, labels, self.config.exit_layers, self.score)
         answers, exit_layer = replay(exit_logits, self.config)
         blind = one_class_exits(exit_logits, self.config.exit_layers)

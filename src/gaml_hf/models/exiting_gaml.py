@@ -26,7 +26,10 @@ EXIT_FIELDS = ("exit_strategy", "patience", "budgeted_exit", "exit_threshold")  
 
 
 def register(policy: type["ExitPolicy"]) -> type["ExitPolicy"]:
-    """Make `policy` available as `exit_strategy=policy.name`."""
+    """
+    Make `policy` available as `exit_strategy=policy.name`, in processes that come by here. A class that stands in this
+    file goes with every checkpoint; one of your own must be registered before a checkpoint that names it is loaded.
+    """
     EXIT_POLICIES[policy.name] = policy
     return policy
 
@@ -313,7 +316,8 @@ def policy_class(exit_strategy: str) -> type[ExitPolicy]:
     """
     if not isinstance(exit_strategy, str) or exit_strategy not in EXIT_POLICIES:
         raise ValueError(
-            f"`exit_strategy` must be one of {sorted(EXIT_POLICIES)}. Got `exit_strategy={shown(exit_strategy)}`."
+            f"`exit_strategy` must be one of {sorted(EXIT_POLICIES)}, or one of your own that is registered by then. "
+            f"Got `exit_strategy={shown(exit_strategy)}`."
         )
     return EXIT_POLICIES[exit_strategy]
 

@@ -19,7 +19,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .checksums_gaml import verify_weights, weight_files, write_checksum
 from .configuration_gaml import GamlConfigMixin, where_from
-from .exiting_gaml import ExitPolicy, policy_for_call, policy_from_config, shown
+from .exiting_gaml import ExitPolicy, policy_class, policy_for_call, policy_from_config, shown
 from .losses_gaml import cross_entropy_loss, distillation_loss, distillation_pairs, exit_weights, total_loss
 
 
@@ -159,6 +159,11 @@ class ExitsBase:
         """
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         if is_main_process:
+            if (policy := policy_class(self.config.exit_strategy)).__module__ != ExitPolicy.__module__:
+                logger.warning(
+                    f"`exit_strategy={policy.name!r}` is a class of your own ({policy.__module__}), which does not go "
+                    "with this checkpoint: whoever loads it must have registered it before."
+                )
             for path in weight_files(save_directory, kwargs.get("variant")):
                 write_checksum(path)
 

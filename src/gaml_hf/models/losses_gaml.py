@@ -61,7 +61,7 @@ def cross_entropy_loss(
     """
     batch_size, num_exits, num_labels = exit_logits.shape
     per_exit = F.cross_entropy(
-        exit_logits.float().flatten(0, 1),
+        _precise(exit_logits).flatten(0, 1),
         labels.repeat_interleave(num_exits),
         reduction="none",
         label_smoothing=label_smoothing,
@@ -128,9 +128,8 @@ def distillation_loss(
     adjacency = torch.zeros(len(exit_layers), len(exit_layers))  # A[teacher, student]
     for teacher, student in pairs:
         adjacency[exit_layers.index(teacher), exit_layers.index(student)] += 1.0
-    adjacency = adjacency.to(exit_logits.device, non_blocking=True)
-
-    student_log_p = F.log_softmax(exit_logits.float() / temperature, dim=-1)
+    student_log_p = F.log_softmax(_precise(exit_logits) / temperature, dim=-1)
+    adjacency = adjacency.to(exit_logits.device, student_log_p.dtype, non_blocking=True)
     teacher_log_p = student_log_p.detach()
     teacher_p = teacher_log_p.exp()
     negative_entropy = (teacher_p * teacher_log_p).sum(dim=-1) @ adjacency.sum(dim=1)  # (batch_size,)
@@ -138,6 +137,11 @@ def distillation_loss(
     kl = negative_entropy - (taught * student_log_p).sum(dim=(1, 2))
     loss = kl.mean() * temperature**2
     return loss / len(pairs) if reduction == "mean" else loss
+
+
+def _precise(x: Tensor) -> Tensor:
+    """In float32, or in float64 where it is that."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def total_loss(ce_loss: Tensor, kd_loss: Tensor, alpha: float) -> Tensor:

@@ -100,10 +100,11 @@ def inner_products(g_ce: Sequence[Tensor], g_kd: Sequence[Tensor]) -> tuple[Tens
     """
     `|g_CE|^2`, `g_CE . g_KD` and `|g_KD|^2` of each parameter, three tensors of shape `(num_parameters,)`.
 
-    In float32 whatever the gradients are: in half precision a sum of squares loses its digits, or overflows.
+    In float32 where the gradients are in half precision, in which a sum of squares loses its digits, or overflows.
     """
-    ce_dot_ce, kd_dot_kd = (torch.stack(torch._foreach_norm(g, 2, torch.float32)).square() for g in (g_ce, g_kd))
-    ce_dot_kd = [ce.flatten().float().dot(kd.flatten().float()) for ce, kd in zip(g_ce, g_kd, strict=True)]
+    dtype = torch.promote_types(g_ce[0].dtype, torch.float32)
+    ce_dot_ce, kd_dot_kd = (torch.stack(torch._foreach_norm(g, 2, dtype)).square() for g in (g_ce, g_kd))
+    ce_dot_kd = [ce.flatten().to(dtype).dot(kd.flatten().to(dtype)) for ce, kd in zip(g_ce, g_kd, strict=True)]
     return ce_dot_ce, torch.stack(ce_dot_kd), kd_dot_kd
 
 

@@ -91,7 +91,9 @@ class ExitTrainer(RobustTrainer):
         if config.pipeline_task == "image-classification":
             return  # an encoder of images may start at random, and its exits read maps of several sizes
         if self._is_sharded or not has_length(self.train_dataset):
-            logger.info("The exits' inputs are not looked at: the model is sharded, or the dataset has no length.")
+            why = "the model is sharded" if self._is_sharded else "`train_dataset` has no length"
+            tell = logger.warning if config.exit_warm_start else logger.info
+            tell(f"New exits start at random, without `exit_warm_start`, and their inputs are not looked at: {why}.")
             return
         generator = torch.Generator().manual_seed(self.args.seed)
         chosen = torch.randperm(len(self.train_dataset), generator=generator)[:NUM_ROWS].sort().values.tolist()
@@ -256,6 +258,8 @@ class _ExitSchedule(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs: Any):
+        if not any(parameter.requires_grad for parameter in self.trainer.model.parameters()):
+            raise ValueError("`model` must have something to train, and all of its parameters are frozen.")
         if not state.global_step and self.trainer.bare_model.exits_are_new:
             config = self.trainer.model.config
             # With mixed training the others start when their time comes, at what the layers tell then.

@@ -42,14 +42,18 @@ class FiniteNumbers:
         output = super().evaluation_loop(dataloader, description, *args, **kwargs)
         if not output.num_samples:
             raise ValueError(f"{description}: the dataset gave no rows.")
-        predictions = output.predictions if isinstance(output.predictions, tuple) else (output.predictions,)
-        for values in predictions:
-            if isinstance(values, np.ndarray) and not np.isfinite(values).all():
-                row = int(np.argwhere(~np.isfinite(values))[0][0])
-                raise FloatingPointError(
-                    f"{description}: the logits of row {row} are not finite (NaN or infinite), so it has no answer. "
-                    "Look at the weights of this checkpoint, or evaluate in float32."
-                )
+        # A list of batches with `eval_do_concat_batches=False`, whose rows are counted on.
+        batches, start = output.predictions if isinstance(output.predictions, list) else [output.predictions], 0
+        for predictions in batches:
+            arrays = [x for x in (predictions if isinstance(predictions, tuple) else [predictions]) if np.ndim(x)]
+            for values in arrays:
+                if not np.isfinite(values).all():
+                    row = start + int(np.argwhere(~np.isfinite(values))[0][0])
+                    raise FloatingPointError(
+                        f"{description}: the logits of row {row} are not finite (NaN or infinite), so it has no "
+                        "answer. Look at the weights of this checkpoint, or evaluate in float32."
+                    )
+            start += len(arrays[0]) if arrays else 0
         loss = output.metrics.get(f"{kwargs.get('metric_key_prefix', 'eval')}_loss", 0.0)
         if not np.isfinite(loss):  # where the logits were not kept
             raise FloatingPointError(f"{description}: the loss is not finite (NaN or infinite). Got {loss}.")
@@ -101,6 +105,8 @@ class FiniteGuard(TrainerCallback):
 
     def on_epoch_end(self, args, state, control, model: Module | None = None, **kwargs: Any):
         if self.trainer._loss_is_finite is None:
+            if state.global_step:  # of a training that was resumed at the end of a pass
+                return
             raise ValueError("The train dataset gave no rows: not a step was made.")
         self._check(args, state, model)
 

@@ -372,11 +372,18 @@ def set_up(training_args: GamlTrainingArguments) -> None:
         logger.warning(f"`bf16` will crawl: products take {cost:.1f} times as long as in float32 on this processor.")
 
 
-def what_to_resume(training_args: GamlTrainingArguments) -> tuple[list[Path], str | bool | None]:
+def what_to_resume(
+    training_args: GamlTrainingArguments, model_name_or_path: str | None
+) -> tuple[list[Path], str | bool | None]:
     """The training checkpoints in `output_dir`, and what the Trainer is to go on from: a folder, or `True`."""
     output_dir = Path(training_args.output_dir)
     checkpoints = list(training_checkpoints(output_dir).values())
     resume = training_args.resume_from_checkpoint
+    if training_args.do_train and Path(model_name_or_path or "").resolve() == output_dir.resolve():
+        raise ValueError(
+            "`output_dir` must be another folder than `model_name_or_path`, whose weights the trained ones would "
+            f"replace. Got `{output_dir}` for both."
+        )
     if resume in ("True", "true"):
         if not checkpoints:
             raise ValueError(f"`resume_from_checkpoint` found no checkpoint in `{output_dir}`.")
@@ -433,7 +440,8 @@ def set_aside(
         if gaml_args.policy_is_open:
             raise ValueError(
                 f"`exit_strategy={gaml_args.exit_strategy!r}` needs its parameter, or training rows set aside to "
-                "choose it (`holdout_fraction` above 0)."
+                f"choose it (`holdout_fraction` above 0). Got `holdout_fraction={gaml_args.holdout_fraction}` of "
+                f"{0 if rows is None else len(shuffled)} rows."
             )
     return train_rows, holdout_rows, promise_rows
 

@@ -4,7 +4,7 @@ import torch
 from accelerate.utils import find_batch_size, slice_tensors
 from torch import Tensor
 
-from gaml_hf.models.losses_gaml import distillation_pairs, total_loss
+from gaml_hf.models.losses_gaml import distillation_pairs, exit_weights, total_loss
 
 from .alignment import align_, parameter_groups
 from .exit_trainer import OTHER_LOSSES, ExitTrainer
@@ -31,11 +31,15 @@ class GamlTrainer(ExitTrainer):
     `alignment/coefficient` (c of `g_GA = c * g_CE`, mean over groups), `alignment/coefficient_min`,
     `alignment/coefficient_max` and `alignment/conflict` (share of steps with an angle above 90°).
 
+    A `compute_loss` of a subclass may add to what this one returns, and calls it once a batch: L^KD, which it does not
+    see, would be counted twice, and is not scaled with it.
+
     Raises:
         ValueError: at construction, or when training starts, where alignment would not see the plain gradients
             (DeepSpeed, FSDP and other sharding, `nn.DataParallel`, optimizers that step inside the backward pass,
-            `torch_compile`, reentrant checkpointing). In the first step, where a `compute_loss` of a subclass leaves
-            the alignment out. What [`ExitTrainer`] and [`RobustTrainer`] raise besides.
+            `torch_compile`, reentrant checkpointing), and where L^CE leaves an exit out that L^KD teaches: no gradient
+            is there to align. In the first step, where a `compute_loss` of a subclass leaves the alignment out, or
+            asks for it twice. What [`ExitTrainer`] and [`RobustTrainer`] raise besides.
     """
 
     def _reset(self) -> None:
@@ -60,6 +64,11 @@ class GamlTrainer(ExitTrainer):
         if not (model.training and self.aligns):
             return super().compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+            )
+        if self._kd_loss is not None:
+            raise ValueError(
+                f"`{type(self).__name__}.compute_loss` must call that of GamlTrainer once for a batch, or L^KD would "
+                f"count twice (`ga_mode={self.model.config.ga_mode!r}`). {OTHER_LOSSES}"
             )
         outputs = model(**self._with_smoothing(inputs))
         if outputs.kd_loss is None:
@@ -173,7 +182,9 @@ class GamlTrainer(ExitTrainer):
             ),
             "nn.DataParallel (use torchrun, or show one GPU only)": self.args.n_gpu > 1,
             f"`optim={optim!r}`, which steps inside the backward pass": "lomo" in optim or "layerwise" in optim,
-            "`torch_compile` (a compiled graph can be walked back once, not twice)": self.args.torch_compile,
+            "`torch_compile` (a compiled graph can be walked back once, not twice)": (
+                self.args.torch_compile or hasattr(self.model, "_orig_mod")
+            ),
             "reentrant checkpointing (set its `use_reentrant` to `False`)": any(
                 # Left out, it is True to torch; transformers sets False where it gets no keywords at all.
                 getattr(module, "gradient_checkpointing", False)
@@ -187,6 +198,16 @@ class GamlTrainer(ExitTrainer):
                 f"Gradient alignment (`ga_mode={self.model.config.ga_mode!r}`) needs the plain gradients of L^CE and "
                 f"L^KD on every rank, and does not work with {', '.join(found)}. Take it out, or train ML-BERT with "
                 '`ga_mode="none"`, which is the stock Trainer.'
+            )
+        config = self.model.config
+        weights = exit_weights(config.exit_layers, config.exit_loss_weights)
+        students = {student for _, student in distillation_pairs(config.distillation, config.exit_layers)}
+        taught = [m for m, w in zip(config.exit_layers, weights, strict=True) if m in students and not w]
+        if taught:
+            raise ValueError(
+                f"Gradient alignment (`ga_mode={config.ga_mode!r}`) follows the gradient of L^CE, in which exits "
+                f"{taught} have no part (`exit_loss_weights={config.exit_loss_weights!r}`): they would never move. "
+                'Take other weights, or train ML-BERT with `ga_mode="none"`, where L^KD alone trains them.'
             )
 
 
