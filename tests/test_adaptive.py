@@ -38,7 +38,8 @@ def test_the_cap_by_hand():
     assert (cap.exit_layer, cap.batch_tokens(500)) == (8, 500)
     cap.ran(tokens=100, seconds=0.1)
     assert cap.tokens_per_second == approx(1000)
-    assert cap.batch_tokens(500) == 100  # a tenth of a second, an eighth of 0.8 s
+    # One batch does not tell: half of its 0.1 s counts as fixed, and three times that, 0.15 s, is above 0.8 s / 8.
+    assert cap.batch_tokens(500) == 200  # (0.15 s - 0.05 s) / (0.05 s / 100)
     assert cap.batch_tokens(50) == 50
     for waiting, layer in [
         (400, 8),
@@ -73,11 +74,11 @@ def test_a_batch_is_long_enough_to_be_worth_its_fixed_cost(fixed, tokens):
     for n in (10, 30, 20, 10):
         cap.ran(n, fixed + 0.001 * n)
         assert cap.batch_tokens(4096) >= 10
-    assert cap.batch_tokens(4096) == approx(tokens, abs=1)
+    assert cap.batch_tokens(4096) == approx(tokens, rel=0.15)  # (max(0.4 / 8, 3 * fixed) - fixed) / 0.001
     assert cap.batch_tokens(30) == 30
     for n in (10, 30, 20) * 20:
         cap.ran(n, 0.01)  # tokens cost nothing at all
-    assert cap.batch_tokens(4096) == 4096
+    assert cap.batch_tokens(4096) > 1000
 
 
 def test_time_without_a_request_is_calm():
@@ -109,7 +110,7 @@ SECONDS_PER_LAYER = 1 / (250 * 25 * 6.3)  # of a token: 250 requests a second, a
 SECONDS_PER_BATCH = 0.002
 
 
-def burst(adaptive, seed, slo, min_exit=1, seconds_per_batch=SECONDS_PER_BATCH):
+def burst(adaptive, seed, slo, min_exit=1, seconds_per_batch=SECONDS_PER_BATCH, lengths=TOKENS):
     """
     A server, event by event: 60 requests a second and, for 20 of 60 seconds, 600. Batches and cap are the real ones.
 
@@ -119,7 +120,7 @@ def burst(adaptive, seed, slo, min_exit=1, seconds_per_batch=SECONDS_PER_BATCH):
     time = 0.0
     while time < 60:
         time += rng.expovariate(600 if 20 <= time < 40 else 60)
-        arrivals.append((time, rng.choice(TOKENS), rng.choices(range(1, 13), LEAVE)[0]))
+        arrivals.append((time, rng.choice(lengths), rng.choices(range(1, 13), LEAVE)[0]))
     num_requests, late, forced, queue = len(arrivals), 0, 0, deque()
     cap = ExitCap(range(1, 13), slo, min_exit, clock=lambda: now)
     while arrivals or queue:
@@ -151,11 +152,13 @@ def test_a_burst_is_answered_in_time(slo):
 
 
 @mark.parametrize("seed", range(3))
-def test_a_burst_where_batches_have_a_price_of_their_own(seed):
+@mark.parametrize("lengths", [TOKENS, [25]], ids=["any", "one length"])
+def test_a_burst_where_batches_have_a_price_of_their_own(seed, lengths):
     """As on a GPU, or of a small encoder: in batches of one row, a sixth of the requests could be answered."""
-    assert burst(True, seed, 0.2, seconds_per_batch=0.01)[0] < 0.05
-    assert burst(True, seed, 0.1, seconds_per_batch=0.01)[0] < 0.6  # more than can be had, and better than fixed exits
-    assert burst(False, seed, 0.1, seconds_per_batch=0.01)[0] > 0.9
+    more = {"seconds_per_batch": 0.01, "lengths": lengths}
+    assert burst(True, seed, 0.2, **more)[0] < 0.05
+    assert burst(True, seed, 0.1, **more)[0] < 0.6  # more than can be had, and better than fixed exits
+    assert burst(False, seed, 0.1, **more)[0] > 0.9
 
 
 def test_in_calm_nothing_is_forced_and_the_lowest_exit_holds(monkeypatch):

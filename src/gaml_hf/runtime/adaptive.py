@@ -17,6 +17,7 @@ from gaml_hf.models.exiting_gaml import ExitPolicy, shown
 FORGET = 0.9  # share that a measurement keeps of its weight at the next one
 BATCHES = 8  # that fit into the latency to keep: the cap moves once a batch, and must reach its lowest in time
 FIXED_SHARE = 1 / 3  # of a batch's seconds, at most, do not depend on its tokens: the less, the more are answered
+DOUBT = 0.02  # relative variance of the last batches' tokens at which these say as much as a guess
 
 
 class Capped(ExitPolicy):
@@ -151,14 +152,17 @@ class ExitCap:
         return max(1, int((seconds - fixed) / per_token))
 
     def _cost(self) -> tuple[float, float]:
-        """Seconds of a batch, and of each token in it: least squares over the last batches, neither below 0."""
+        """
+        Seconds of a batch, and of each token in it: least squares over the last batches. As far as these are of one
+        size, and do not tell, half of a batch is taken for its fixed cost, so that the next one may be twice as long.
+        """
         weight, tokens, seconds, squares, products = self._sums
-        spread = weight * squares - tokens**2
-        if spread <= 1e-6 * tokens**2:  # batches of one size do not tell
-            return 0.0, seconds / tokens
-        per_token = max(0.0, (weight * products - tokens * seconds) / spread)
-        fixed = (seconds - per_token * tokens) / weight
-        return (fixed, per_token) if fixed > 0 else (0.0, seconds / tokens)
+        tokens, seconds = tokens / weight, seconds / weight  # of a batch, in the mean
+        doubt = DOUBT * tokens**2
+        variance, covariance = squares / weight - tokens**2, products / weight - tokens * seconds
+        per_token = (covariance + doubt * seconds / tokens / 2) / (variance + doubt)
+        per_token = min(max(per_token, 0.0), seconds / tokens)
+        return seconds - per_token * tokens, per_token
 
     def ran(self, tokens: int, seconds: float) -> None:
         """Learn from a batch: its tokens and what it took."""
