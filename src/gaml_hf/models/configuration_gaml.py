@@ -89,7 +89,8 @@ class GamlConfigMixin:
         budgeted_exit (`int`, *optional*):
             The layer at which every row leaves when `exit_strategy="budgeted"`; one of `exit_layers`.
         patience (`int`, *optional*):
-            Agreeing comparisons after which a row leaves when `exit_strategy="patience"`, from 1.
+            Agreeing comparisons after which a row leaves when `exit_strategy="patience"`, from 1. From one below the
+            number of exits on, every row runs to the last.
         exit_threshold (`float`, *optional*):
             For `"entropy"`: leave below this normalised entropy. For `"max_prob"`: leave above this probability. In
             `[0, 1]`.
