@@ -260,10 +260,7 @@ def _score_in_processes(
                         if on_error == "raise" and prediction["error"] is not None:
                             raise ValueError(f"Row {prediction['row']}: {prediction['error']}")
                         yield prediction
-        except BaseException:  # also of who reads no further
-            open_end.close()  # nobody waits for the windows that run
-            raise
-        finally:
+        finally:  # while `open_end` is open: a process that ended in the middle of an answer would be waited for
             pool.shutdown(cancel_futures=True)
 
 
@@ -278,7 +275,7 @@ def _result(future: Future) -> list[dict[str, Any]]:
 
 
 def _keep(load_classifier: Callable[[], GamlTextClassificationPipeline], watched: Connection) -> None:
-    """Begin one of several processes, which ends when the other end of `watched` is closed."""
+    """Begin one of several processes, which ends when the first one, that holds the other end of `watched`, does."""
     global _classifier
     _classifier = cache(load_classifier)  # not called here: what it raises would be lost
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is told to all; the first process decides
