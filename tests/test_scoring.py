@@ -538,7 +538,11 @@ def test_the_processes_end_with_the_first(folder, tmp_path, number, code):
     words = f"--model {folder} --input in.csv --output out.csv --num_proc 2 --num_threads 1 --window 64 --no_progress"
     with open(tmp_path / "told", "w") as told:
         first = subprocess.Popen(
-            [sys.executable, gaml_score.__file__, *words.split()], cwd=tmp_path, stderr=told, start_new_session=True
+            [sys.executable, gaml_score.__file__, *words.split()],
+            cwd=tmp_path,
+            stderr=told,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored by what a shell runs behind it
         )
     while not any(path.stat().st_size for path in tmp_path.glob(".saving-*/out.csv")):  # rows are being answered
         assert first.poll() is None, (tmp_path / "told").read_text()
