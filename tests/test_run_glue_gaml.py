@@ -472,6 +472,13 @@ def test_the_encoder_is_not_written_over(common, files, tmp_path):
     assert {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()} == before
 
 
+@mark.parametrize(("model", "output_dir"), [(None, "."), ("org/name", "org/name")])
+def test_a_name_on_the_hub_is_no_folder(tmp_path, monkeypatch, model, output_dir):
+    monkeypatch.chdir(tmp_path)
+    arguments = script.GamlTrainingArguments(output_dir, do_train=True, use_cpu=True, dataloader_pin_memory=False)
+    assert script.what_to_resume(arguments, model) == ([], None)
+
+
 def test_a_run_started_anew_forgets_the_checkpoints_of_the_old_one(common, files, tmp_path):
     """Or a resume after a kill could go on with them."""
     words = [*common, *with_files(files, "train"), "--do_train", "--overwrite_output_dir", "--max_steps", "2"]

@@ -379,7 +379,9 @@ def what_to_resume(
     output_dir = Path(training_args.output_dir)
     checkpoints = list(training_checkpoints(output_dir).values())
     resume = training_args.resume_from_checkpoint
-    if training_args.do_train and Path(model_name_or_path or "").resolve() == output_dir.resolve():
+    encoder = Path(model_name_or_path) if model_name_or_path else None  # a folder, or a name on the Hub
+    is_same = encoder is not None and encoder.is_dir() and output_dir.is_dir() and encoder.samefile(output_dir)
+    if training_args.do_train and is_same:
         raise ValueError(
             "`output_dir` must be another folder than `model_name_or_path`, whose weights the trained ones would "
             f"replace. Got `{output_dir}` for both."
