@@ -209,9 +209,14 @@ class ExitTrainer(RobustTrainer):
         config = self.model.config
         if self.bare_model.last_exit_alone:
             return set(config.exit_layers[-1:])
-        weights = exit_weights(config.exit_layers, config.exit_loss_weights, self.bare_model.training_progress)
         students = {student for _, student in distillation_pairs(config.distillation, config.exit_layers)}
-        return students | {m for m, weight in zip(config.exit_layers, weights, strict=True) if weight}
+        return students | self._exits_of_ce()
+
+    def _exits_of_ce(self) -> set[int]:
+        """The layers of the exits that have a part in L^CE."""
+        config = self.model.config
+        weights = exit_weights(config.exit_layers, config.exit_loss_weights, self.bare_model.training_progress)
+        return {m for m, weight in zip(config.exit_layers, weights, strict=True) if weight}
 
     def _determine_best_metric(self, *args, **kwargs) -> bool:
         # While the last exit learns alone, the others are no better than random: no such model is the best, and with

@@ -4,7 +4,7 @@ import torch
 from accelerate.utils import find_batch_size, slice_tensors
 from torch import Tensor
 
-from gaml_hf.models.losses_gaml import distillation_pairs, exit_weights, total_loss
+from gaml_hf.models.losses_gaml import distillation_pairs, total_loss
 
 from .alignment import align_, parameter_groups
 from .exit_trainer import OTHER_LOSSES, ExitTrainer
@@ -199,11 +199,8 @@ class GamlTrainer(ExitTrainer):
                 f"L^KD on every rank, and does not work with {', '.join(found)}. Take it out, or train ML-BERT with "
                 '`ga_mode="none"`, which is the stock Trainer.'
             )
-        config = self.model.config
-        weights = exit_weights(config.exit_layers, config.exit_loss_weights)
-        students = {student for _, student in distillation_pairs(config.distillation, config.exit_layers)}
-        taught = [m for m, w in zip(config.exit_layers, weights, strict=True) if m in students and not w]
-        if taught:
+        if taught := sorted(self._learning_exits() - self._exits_of_ce()):
+            config = self.model.config
             raise ValueError(
                 f"Gradient alignment (`ga_mode={config.ga_mode!r}`) follows the gradient of L^CE, in which exits "
                 f"{taught} have no part (`exit_loss_weights={config.exit_loss_weights!r}`): they would never move. "
