@@ -301,7 +301,7 @@ def _writer(target: Path) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
         try:
             with _open_writer(temporary) as write:
                 yield write
-            with open(temporary, "rb") as file:
+            with open(temporary, "r+b") as file:
                 os.fsync(file)  # or a power cut could leave the name without the rows
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
