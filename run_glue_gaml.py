@@ -47,6 +47,7 @@ from gaml_hf.training.script import (
     SWITCH,
     GamlArguments,
     GamlTrainingArguments,
+    check_output_dir,
     choose_policy,
     class_counts,
     count_rows,
@@ -248,7 +249,8 @@ def main(argv: list[str] | None = None) -> dict:
     argv = sys.argv[1:] if argv is None else argv
     model_args, data_args, gaml_args, training_args = parse_arguments(argv)
     set_up(training_args)
-    old_checkpoints, resume = what_to_resume(training_args, model_args.model_name_or_path)
+    check_output_dir(training_args, model_args.model_name_or_path)
+    old_checkpoints, resume = what_to_resume(training_args)
     if training_args.do_train:
         gaml_args.settle_strategy("entropy")
     gaml_args.check_policy()

@@ -167,7 +167,8 @@ def main(argv: list[str] | None = None) -> dict:
     argv = sys.argv[1:] if argv is None else argv
     model_args, data_args, gaml_args, training_args = parse_arguments(argv)
     script.set_up(training_args)
-    old_checkpoints, resume = script.what_to_resume(training_args, model_args.model_name_or_path)
+    script.check_output_dir(training_args, model_args.model_name_or_path)
+    old_checkpoints, resume = script.what_to_resume(training_args)
     if training_args.do_train:
         gaml_args.settle_strategy("patience")  # Table 8
     gaml_args.check_policy()

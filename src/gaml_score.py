@@ -139,11 +139,16 @@ def _wrong_options(options: argparse.Namespace) -> str | None:
     return None
 
 
+def _is_export(folder: str | Path) -> bool:
+    """As far as can be told without ONNX Runtime; one that lacks its config is told by [`_wrong_model`]."""
+    return Path(folder, "embeddings.onnx").is_file()
+
+
 def _wrong_model(model: str, is_export: bool) -> str | None:
     """What is wrong with the name of a model, as far as its config, which is all that is fetched here, can tell."""
     folder, needed = Path(model), "a checkpoint folder" + ("" if is_export else ", or a checkpoint's name on the Hub")
     if folder.is_dir():
-        if not is_export and (folder / "embeddings.onnx").is_file():
+        if not is_export and _is_export(folder):
             return f"`--model` is an export to ONNX. Got `{model}` without `--onnx`."
         if (folder / "config.json").is_file():
             return None

@@ -11,9 +11,8 @@ import socket
 import sys
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 
-from gaml_score import EXITS, _in_words_of_the_command, _wrong_model
+from gaml_score import EXITS, _in_words_of_the_command, _is_export, _wrong_model
 
 
 TOKEN_VARIABLE = "GAML_ADMIN_TOKEN"
@@ -79,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns 0 after a drain; argparse leaves with 2 where the server could not start."""
     parser = make_parser()
     options = parser.parse_args(argv)
-    is_export = (Path(options.model) / "embeddings.onnx").is_file()
+    is_export = _is_export(options.model)
     if (problem := _wrong_options(options, is_export) or _wrong_model(options.model, is_export)) is not None:
         parser.error(problem)
     try:

@@ -102,7 +102,7 @@ class ExitCap:
     @property
     def exit_layer_now(self) -> int:
         """The layer that the cap would have if a batch came now, with none behind it."""
-        return self.exit_layers[self._risen(self.clock())]
+        return self.exit_layers[self._risen(self._steps(self.clock()))]
 
     @property
     def is_acting(self) -> bool:
@@ -128,15 +128,17 @@ class ExitCap:
         elif self._calm_since is None:
             self._calm_since = now
         else:
-            self.position = self._risen(now)
-            self._calm_since += self._steps(now) * self.slo
+            steps = self._steps(now)
+            self.position = self._risen(steps)
+            self._calm_since += steps * self.slo
 
     def _steps(self, now: float) -> int:
+        """Exits that the cap may rise by after the calm until `now`."""
         since = self._calm_since
         return 0 if since is None else int((now - since) / self.slo)
 
-    def _risen(self, now: float) -> int:
-        return min(self.position + self._steps(now), len(self.exit_layers) - 1)
+    def _risen(self, steps: int) -> int:
+        return min(self.position + steps, len(self.exit_layers) - 1)
 
     def batch_tokens(self, max_tokens: int) -> int:
         """

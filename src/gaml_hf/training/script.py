@@ -372,13 +372,9 @@ def set_up(training_args: GamlTrainingArguments) -> None:
         logger.warning(f"`bf16` will crawl: products take {cost:.1f} times as long as in float32 on this processor.")
 
 
-def what_to_resume(
-    training_args: GamlTrainingArguments, model_name_or_path: str | None
-) -> tuple[list[Path], str | bool | None]:
-    """The training checkpoints in `output_dir`, and what the Trainer is to go on from: a folder, or `True`."""
+def check_output_dir(training_args: GamlTrainingArguments, model_name_or_path: str | None) -> None:
+    """Refuse to write a trained model over the encoder that it starts from."""
     output_dir = Path(training_args.output_dir)
-    checkpoints = list(training_checkpoints(output_dir).values())
-    resume = training_args.resume_from_checkpoint
     encoder = Path(model_name_or_path) if model_name_or_path else None  # a folder, or a name on the Hub
     is_same = encoder is not None and encoder.is_dir() and output_dir.is_dir() and encoder.samefile(output_dir)
     if training_args.do_train and is_same:
@@ -386,6 +382,13 @@ def what_to_resume(
             "`output_dir` must be another folder than `model_name_or_path`, whose weights the trained ones would "
             f"replace. Got `{output_dir}` for both."
         )
+
+
+def what_to_resume(training_args: GamlTrainingArguments) -> tuple[list[Path], str | bool | None]:
+    """The training checkpoints in `output_dir`, and what the Trainer is to go on from: a folder, or `True`."""
+    output_dir = Path(training_args.output_dir)
+    checkpoints = list(training_checkpoints(output_dir).values())
+    resume = training_args.resume_from_checkpoint
     if resume in ("True", "true"):
         if not checkpoints:
             raise ValueError(f"`resume_from_checkpoint` found no checkpoint in `{output_dir}`.")
