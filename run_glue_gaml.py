@@ -13,7 +13,6 @@ kept; the exit policy is chosen there for the wanted speed-up; the validation se
 will be used.
 """
 
-import json
 import logging
 import os
 import sys
@@ -21,7 +20,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from datasets import Dataset, DatasetDict, load_dataset
@@ -34,7 +32,15 @@ from transformers import (
 )
 
 from gaml_hf import GamlAutoConfig, GamlAutoModelForSequenceClassification, GamlTrainer
-from gaml_hf.data.files import RowFile, class_names, encode_labels, find_text_columns, known_classes, read_split
+from gaml_hf.data.files import (
+    RowFile,
+    class_names,
+    encode_labels,
+    find_text_columns,
+    known_classes,
+    read_split,
+    trained_columns,
+)
 from gaml_hf.evaluation import (
     flops_speed_up,
 )
@@ -249,11 +255,11 @@ def main(argv: list[str] | None = None) -> dict:
     argv = sys.argv[1:] if argv is None else argv
     model_args, data_args, gaml_args, training_args = parse_arguments(argv)
     set_up(training_args)
-    check_output_dir(training_args, model_args.model_name_or_path)
     old_checkpoints, resume = what_to_resume(training_args)
     if training_args.do_train:
         gaml_args.settle_strategy("entropy")
     gaml_args.check_policy()
+    check_output_dir(training_args, gaml_args, model_args.model_name_or_path)
     load_config(model_args, gaml_args, class_weights=None)  # before any row is read; the classes are not known yet
 
     data = read_data(model_args, data_args, training_args)
@@ -267,19 +273,22 @@ def main(argv: list[str] | None = None) -> dict:
     trainer = make_trainer(
         model, tokenizer, collator, train_rows, holdout_rows, score, main_metric, gaml_args, training_args
     )
-    rows = count_rows(train_rows, holdout_rows, promise_rows)
+    rows = count_rows(train_rows, holdout_rows, promise_rows, training_args.do_train)
     run = describe(argv, data, tokenizer, rows, model_args, data_args, training_args)
 
     if training_args.do_train:
         run |= train(trainer, resume, old_checkpoints)
     script.leave_autocast(trainer)
-    is_chosen = holdout_rows is not None and (gaml_args.policy_is_open or gaml_args.calibrate_exits)
+    is_chosen = holdout_rows is not None and gaml_args.chooses
     if is_chosen:
         run |= choose_policy(trainer, holdout_rows, promise_rows, score, main_metric, gaml_args)
     run["config"] = model.config.to_dict()
     tables = []
     if training_args.do_eval:
-        run["evaluation"], tables = evaluate_splits(trainer, data, run, score, main_metric, data_args, gaml_args)
+        draws = not script.is_own_folder(training_args, model_args.model_name_or_path)
+        run["evaluation"], tables = evaluate_splits(
+            trainer, data, run, score, main_metric, data_args, gaml_args, draws
+        )
     run["seconds"] = time.time() - started
     if training_args.do_predict:
         predict(trainer, data, data_args.max_predict_samples)
@@ -340,7 +349,8 @@ def read_data(model_args: ModelArguments, data_args: DataTrainingArguments, trai
     splits = [*(["train"] if "train" in sources else []), *sorted(needed - {"train"})]
     columns = data_args.text_columns or (list(task.text_columns) if task else None)
     if columns is None and not training_args.do_train:
-        columns = trained_columns(model_args.model_name_or_path, sources[splits[0]])
+        trained = trained_columns(model_args.model_name_or_path)
+        columns = trained if trained and set(trained) <= set(sources[splits[0]].column_names) else None
     if columns is None:
         columns = find_text_columns(sources[splits[0]], data_args.label_column)
     rows, names = DatasetDict(), {}
@@ -363,15 +373,6 @@ def read_data(model_args: ModelArguments, data_args: DataTrainingArguments, trai
                     f"classes. Got {label_names}."
                 )
     return Data(task, eval_splits, test_splits, columns, rows, names, label_names)
-
-
-def trained_columns(model: str, source: Any) -> list[str] | None:
-    """The text columns that a model of this script was trained on, where its folder tells them and they are there."""
-    try:
-        columns = json.loads(Path(model, "run.json").read_text(encoding="utf-8"))["columns"]["text"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
-    return columns if set(columns) <= set(source.column_names) else None
 
 
 def encode(
@@ -461,8 +462,9 @@ def evaluate_splits(
     main_metric: str,
     data_args: DataTrainingArguments,
     gaml_args: GamlArguments,
+    draws: bool,
 ) -> tuple[dict, list[str]]:
-    """Score each validation split once: what `run.json` tells of each, and a table of each. Draws the first."""
+    """Score each validation split once: what `run.json` tells of each, and a table of each."""
     parts = {
         split: (prefix, first(data.rows[split], data_args.max_eval_samples))
         for split, prefix in zip(data.eval_splits, ("eval", "eval_mm"), strict=False)
@@ -480,7 +482,7 @@ def evaluate_splits(
             rows_of=lambda part, numbers: part.select(numbers).to_list(),
         )
 
-    evaluations = script.evaluate_splits(trainer, parts, evaluate, main_metric)
+    evaluations = script.evaluate_splits(trainer, parts, evaluate, main_metric, draws=draws)
     return evaluations, [score_table(split, evaluation, run) for split, evaluation in evaluations.items()]
 
 

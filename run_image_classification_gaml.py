@@ -167,14 +167,14 @@ def main(argv: list[str] | None = None) -> dict:
     argv = sys.argv[1:] if argv is None else argv
     model_args, data_args, gaml_args, training_args = parse_arguments(argv)
     script.set_up(training_args)
-    script.check_output_dir(training_args, model_args.model_name_or_path)
     old_checkpoints, resume = script.what_to_resume(training_args)
     if training_args.do_train:
         gaml_args.settle_strategy("patience")  # Table 8
     gaml_args.check_policy()
+    script.check_output_dir(training_args, gaml_args, model_args.model_name_or_path)
     make_config(model_args, gaml_args, class_weights=None)  # before any image is read; the classes are not known yet
 
-    sources = open_splits(data_args, model_args, training_args)
+    sources = open_splits(data_args, model_args, gaml_args, training_args)
     model, processor = load_model(model_args, gaml_args, known_classes(sources))
     if training_args.channels_last:
         model = model.to(memory_format=torch.channels_last)
@@ -198,14 +198,14 @@ def main(argv: list[str] | None = None) -> dict:
         training_args,
     )
     run = script.describe(argv, "run_image_classification_gaml.py", model_args, data_args, training_args)
-    run["rows"] = script.count_rows(train_rows, holdout_rows, promise_rows)
+    run["rows"] = script.count_rows(train_rows, holdout_rows, promise_rows, training_args.do_train)
     run["parameters"] = dict(zip(("early exits", "network"), model.head_parameters(), strict=True))
     logger.info("The early exits have %d parameters, the network has %d.", *run["parameters"].values())
 
     if training_args.do_train:
         run |= script.train(trainer, resume, old_checkpoints)
     script.leave_autocast(trainer)
-    is_chosen = holdout_rows is not None and (gaml_args.policy_is_open or gaml_args.calibrate_exits)
+    is_chosen = holdout_rows is not None and gaml_args.chooses
     if is_chosen:
         run |= script.choose_policy(trainer, holdout_rows, promise_rows, accuracy, "accuracy", gaml_args)
     run["config"] = model.config.to_dict()
@@ -216,7 +216,11 @@ def main(argv: list[str] | None = None) -> dict:
             part = part.shuffle(seed=script.seed_of_rows(training_args))
         part = script.first(part, data_args.max_eval_samples)
         run["evaluation"] = script.evaluate_splits(
-            trainer, {"validation": ("eval", part)}, lambda part: evaluate(trainer, part, gaml_args), "accuracy"
+            trainer,
+            {"validation": ("eval", part)},
+            lambda part: evaluate(trainer, part, gaml_args),
+            "accuracy",
+            draws=not script.is_own_folder(training_args, model_args.model_name_or_path),
         )
         tables = [script.score_table(f"validation: {len(part)} images", run["evaluation"]["validation"], run)]
     run["seconds"] = time.time() - started
@@ -240,7 +244,10 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def open_splits(
-    data_args: DataTrainingArguments, model_args: ModelArguments, training_args: ImageTrainingArguments
+    data_args: DataTrainingArguments,
+    model_args: ModelArguments,
+    gaml_args: GamlArguments,
+    training_args: ImageTrainingArguments,
 ) -> dict[str, ImageSource]:
     """The splits that are needed, with the names of their classes and no image read."""
     wanted = {"train": training_args.do_train, "validation": training_args.do_eval, "test": training_args.do_predict}
@@ -255,6 +262,9 @@ def open_splits(
         )
         if "validation" not in found and "test" in found and not training_args.do_predict:
             found["validation"] = found["test"]  # as CIFAR and MNIST have it
+            if training_args.do_eval:
+                logger.warning("There is no validation split: what is called validation here is the test split.")
+    wanted["train"] |= gaml_args.chooses and "train" in found
     if "validation" not in found and "train" in found and wanted["validation"]:
         wanted |= {"validation": False, "train": True}  # taken out of the training images
     needed = [split for split in wanted if wanted[split]]

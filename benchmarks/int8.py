@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import torch
-from datasets import load_dataset
 from transformers import AutoTokenizer
 
-from gaml_hf import GamlBertForSequenceClassification
+from gaml_hf import GamlAutoModelForSequenceClassification
+from gaml_hf.data.files import RowFile, encode_labels, read_split
 from gaml_hf.evaluation import accuracy, layer_speed_up, replay, score_exits, sweep
 from gaml_hf.runtime.ort import GamlOrtModelForSequenceClassification, export_onnx
 
@@ -42,19 +42,24 @@ def exit_logits(model, tokenizer, texts: list[tuple[str, ...]]) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a trained checkpoint folder")
-    parser.add_argument("--rows", required=True, help="a parquet file with texts and labels")
+    parser.add_argument("--rows", required=True, help="texts and labels: a csv, tsv, json, jsonl or parquet file")
     parser.add_argument("--text_columns", nargs="+", default=["sentence"])
     parser.add_argument("--label_column", default="label")
     parser.add_argument("--target_speed_up", type=float, default=1.9, help="policies are compared near this speed-up")
     options = parser.parse_args()
     torch.set_num_threads(1)
 
-    rows = load_dataset("parquet", data_files=options.rows, split="train")
-    labels = np.array(rows[options.label_column])
+    try:
+        rows, names = read_split(RowFile(options.rows, "rows"), "scored", options.text_columns, options.label_column)
+    except ValueError as error:
+        parser.error(str(error))
     texts = list(zip(*(rows[column] for column in options.text_columns), strict=True))
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    model = GamlBertForSequenceClassification.from_pretrained(options.model).eval()
+    model = GamlAutoModelForSequenceClassification.from_pretrained(options.model).eval()
     config = model.config
+    # By name, or by number as GLUE has them.
+    classes = {str(k): k for k in range(config.num_labels)} | config.label2id
+    labels = np.array(encode_labels(names, "scored", options.label_column, classes))
     with tempfile.TemporaryDirectory() as folder:
         systems = {"PyTorch fp32": model}
         sizes = {}

@@ -31,7 +31,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--model", required=True, help="a checkpoint: a folder or a name on the Hub")
     add("--input", required=True, help="rows: a csv, tsv, json, jsonl or parquet file")
     add("--output", required=True, help="predictions: a csv, jsonl or parquet file")
-    add("--text_columns", nargs="+", default=["text"], help="the one or two text columns (default: text)")
+    add("--text_columns", nargs="+", help="the one or two text columns (default: as in training, if known, or text)")
     add("--batch_size", type=int, default=32, help="rows that run together (default: %(default)s)")
     add("--window", type=int, default=4096, help="rows read ahead and sorted by length (default: %(default)s)")
     add("--num_proc", type=int, default=1, help="processes (default: %(default)s)")
@@ -86,7 +86,16 @@ def _score(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     if (problem := _wrong_options(options) or _wrong_model(options.model, options.onnx)) is not None:
         parser.error(problem)
 
+    from gaml_hf.data.files import trained_columns
     from gaml_hf.runtime.scoring import ClassifierLoader, score_file
+
+    trained = trained_columns(options.model)
+    text_columns = options.text_columns or trained or ["text"]
+    if trained is not None and len(text_columns) != len(trained):
+        parser.error(
+            f"`--text_columns` must name {len(trained)}: the model was trained on {' and '.join(trained)}. "
+            f"Got {' '.join(text_columns)}."
+        )
 
     model, device, engine = options.model, options.device, None
     if options.engine == "ray":
@@ -104,7 +113,7 @@ def _score(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
             options.input,
             options.output,
             ClassifierLoader(model, options.onnx, device, options.num_threads, options.prepack),
-            text_columns=options.text_columns,
+            text_columns=text_columns,
             batch_size=options.batch_size,
             window=options.window,
             on_error=options.on_error,

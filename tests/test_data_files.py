@@ -186,6 +186,12 @@ def test_columns_that_cannot_be_told(source):
         find_text_columns(source(n=list(range(60)), label=LABEL), "label")
 
 
+def test_no_rows_tell_no_columns(tmp_path):
+    (tmp_path / "rows.csv").write_text("text,label\n")
+    with raises(ValueError, match="There are no rows to tell the columns of text by"):
+        find_text_columns(RowFile(tmp_path / "rows.csv", "train_file"), "label")
+
+
 # What is wrong with them
 
 

@@ -14,7 +14,7 @@ import sys
 
 import torch
 from datasets import Dataset as Table
-from pytest import fixture, mark, raises
+from pytest import approx, fixture, mark, raises
 from torch.testing import assert_close
 from torch.utils.data import Dataset
 from transformers import (
@@ -31,6 +31,7 @@ from transformers import (
 
 from conftest import WITHOUT_THE_PACKAGE, WORDS
 from gaml_hf import GamlAutoConfig, GamlAutoModelForSequenceClassification, GamlTrainer
+from gaml_hf.evaluation import flops_speed_up
 from gaml_hf.hub import save_checkpoint
 from gaml_hf.models.auto import FAMILIES, classes_of, families
 from gaml_hf.models.exiting_gaml import Budgeted, Entropy, MaxProb, Patience
@@ -451,6 +452,18 @@ def test_hidden_states_are_those_of_the_stock_encoder(kind, make, texts):
     assert len(states) == 5
     last = 4 if family(kind) == "modernbert" else 5  # whose last one is normalized upstream, and the others are not
     assert_close(states[:last], tuple(expected)[-5:][:last], rtol=1e-5, atol=1e-5)
+
+
+@each_kind
+def test_what_is_computed_is_counted(kind, make):
+    """Of 4 layers and 4 exits, all of a size: `(4L + E) / (mL + mE)` where a row leaves at layer m."""
+    model, _ = make(kind)  # with gradients, as after a training
+    first = flops_speed_up(model, [1], [7])
+    exit_of_layer = (4 - first) / (first - 1)  # E / L
+    assert 0 < exit_of_layer < 1
+    for m in (2, 3, 4):
+        assert flops_speed_up(model, [m], [7]) == approx((4 + exit_of_layer) / (m + m * exit_of_layer), rel=1e-12)
+    assert flops_speed_up(model, [4], [7], one_exit=True) == approx(1, rel=1e-12)
 
 
 @each_kind

@@ -27,6 +27,7 @@ from transformers import (
     pipeline,
 )
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from conftest import WITHOUT_THE_PACKAGE
@@ -445,6 +446,11 @@ def test_a_bad_image_among_images_of_any_size(model, processor, tmp_path):
             each(rows, on_error="skip", batch_size=3)
     assert [answer[0]["label"] is None for answer in classifier(rows, on_error="skip")] == [False, True, False]
     assert len(classifier(rows[::2], batch_size=2)) == 2
+    # Of which no setting tells that all come out in one size.
+    cropped = ConvNextImageProcessorPil(size={"shortest_edge": 32}, crop_pct=0.875)
+    each = GamlImageClassificationPipeline(model=model, image_processor=cropped)
+    answers = each(rows, on_error="skip", batch_size=3)
+    assert [answer[0]["label"] is None for answer in answers] == [False, True, False]
 
 
 @mark.parametrize(

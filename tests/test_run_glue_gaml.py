@@ -566,11 +566,23 @@ def test_a_later_run_keeps_what_is_known_of_the_training(common, files, tmp_path
     assert run["columns"]["text"] == ["sentence"]
     assert (out / "README.md").read_text() == card
     second = json.loads((out / "run.json").read_text())
-    assert (second["train_metrics"], second["log_history"]) == (first["train_metrics"], first["log_history"])
-    assert second["evaluation"]["validation"]["rows"] == 3
+    assert second.pop("later")["evaluation"]["validation"]["rows"] == 3
+    assert second == first
+    assert not (out / "depth_score.png").exists()  # which the card would show, and it tells of other rows
+    # Policy and temperatures are chosen elsewhere: here they would take the place of what the card tells.
     words = [*common, *with_files(files, "train", "validation"), "--do_eval", "--model_name_or_path", str(out)]
-    run_glue_gaml.main([*words, "--exit_strategy", "max_prob"])  # which is chosen anew
-    assert "fine-tuned from" not in (out / "README.md").read_text()  # by this run, it was not
+    words += ["--exit_strategy", "max_prob"]
+    with raises(ValueError, match="another folder than `model_name_or_path`, whose exit policy and model card this"):
+        run_glue_gaml.main(words)
+    caplog.clear()
+    elsewhere = tmp_path / "elsewhere"
+    chosen = run_glue_gaml.main([*words, "--output_dir", str(elsewhere), "--target_speed_up", "1", "2"])
+    card = (elsewhere / "README.md").read_text()
+    assert "fine-tuned from" not in card  # by this run, it was not
+    assert "| rows, train |" not in card
+    assert f"| rows, holdout | {chosen['rows']['holdout']} |" in card
+    assert "chosen on rows of the file named for training" in card
+    assert "give rows that had no part in it" in caplog.text
 
 
 @mark.parametrize(
@@ -615,6 +627,53 @@ def test_another_model_is_not_resumed(common, files):
         run_glue_gaml.main([*argv, "--resume_from_checkpoint", "True", "--exit_layers", "1", "4"])
 
 
+@mark.parametrize("words", [["--seed", "8"], ["--holdout_fraction", "0.2"], ["--max_train_samples", "150"]], ids=str)
+def test_other_rows_are_not_resumed(common, files, words):
+    """Or rows that have trained would choose checkpoint and policy."""
+    argv = [*common, *with_files(files, "train"), "--do_train", "--num_train_epochs", "1"]
+    run_glue_gaml.main(argv)
+    with raises(ValueError, match="`resume_from_checkpoint` must go on with the rows of .*`seed`"):
+        run_glue_gaml.main([*argv, *words, "--resume_from_checkpoint", "True"])
+    run_glue_gaml.main([*argv, "--resume_from_checkpoint", "True"])
+
+
+def test_no_row_is_left_out_of_scores_and_predictions(common, files, tmp_path):
+    """`dataloader_drop_last` is for steps."""
+    words = [*common, *with_files(files, "train", "validation", "test"), "--do_train", "--do_eval", "--do_predict"]
+    words += "--max_steps 2 --dataloader_drop_last True --per_device_eval_batch_size 16".split()
+    run = run_glue_gaml.main(words)
+    assert run["evaluation"]["validation"]["rows"] == sum(run["evaluation"]["validation"]["classes"].values()) == 40
+    assert len((tmp_path / "out" / "predictions_test.tsv").read_text().splitlines()) == 1 + 12
+
+
+def test_a_speed_up_that_chooses_nothing_is_told(common, files, caplog):
+    words = [*common, *with_files(files, "train"), "--do_train", "--max_steps", "1", "--target_speed_up", "2", "3"]
+    run_glue_gaml.main([*words, "--exit_threshold", "0.5"])
+    assert "`target_speed_up` is not used: of `exit_strategy='entropy'` there is no parameter to choose" in caplog.text
+    caplog.clear()
+    words = [*common, *with_files(files, "validation"), "--do_eval", "--target_speed_up", "2", "3"]
+    model = words[words.index("--output_dir") + 1]
+    run_glue_gaml.main([*words, "--model_name_or_path", model])
+    assert "`target_speed_up` is not used: the model keeps its exit policy. To choose another, give" in caplog.text
+
+
+def test_temperatures_need_a_threshold_that_is_chosen_with_them(common, files):
+    with raises(ValueError, match="`calibrate_exits` changes the probabilities that a threshold was chosen for"):
+        run_glue_gaml.main([*common, *with_files(files, "validation"), "--do_eval", "--calibrate_exits"])
+    words = [*common, *with_files(files, "train"), "--do_train", "--calibrate_exits", "--exit_threshold", "0.5"]
+    with raises(ValueError, match="`calibrate_exits` needs training rows set aside"):
+        run_glue_gaml.main([*words, "--holdout_fraction", "0"])
+
+
+def test_a_class_whose_rows_are_all_set_aside(common, tmp_path, caplog):
+    rows = [*sentences(30, seed=1), {"sentence": "the film is so so .", "label": "neutral", "grade": 1}]
+    order = Dataset.from_dict({"row": range(31)})
+    seed = next(seed for seed in range(1000) if 30 in order.shuffle(seed=seed)["row"][:3])  # a tenth is set aside
+    words = [*common, "--train_file", write_csv(tmp_path / "rare.csv", rows), "--do_train", "--max_steps", "1"]
+    run_glue_gaml.main([*words, "--seed", str(seed)])
+    assert "No row to train on is of 'neutral'" in caplog.text
+
+
 def test_a_best_checkpoint_by_what_is_no_score(common, files):
     """Before the first step: after the first epoch it would be lost."""
     argv = [*common, *with_files(files, "train"), "--do_train", "--max_steps", "2", "--metric_for_best_model"]
@@ -639,6 +698,8 @@ def test_a_promise_of_a_checkpoint_that_was_there_before(common, files, tmp_path
         "--do_eval",
         "--model_name_or_path",
         str(tmp_path / "out"),
+        "--output_dir",
+        str(tmp_path / "promised"),
     ]
     run_glue_gaml.main([*words, *"--exit_strategy entropy --holdout_fraction 0.5 --max_loss 0.4".split()])
     assert "holds only if these rows had no part in making this checkpoint" in caplog.text
@@ -887,6 +948,8 @@ def test_a_training_that_diverges_keeps_what_was_good(common, files, tmp_path):
         ("--task_name sst2 --max_loss 0.1", "give an `exit_strategy` such as entropy, .* Got `exit_strategy=None`"),
         ("--task_name sst2 --class_weights equal", "`class_weights` must be `balanced` or one number .* Got equal"),
         ("--task_name sst2 --holdout_fraction 1.5", "`holdout_fraction` must lie in"),
+        ("--task_name sst2 --eval_do_concat_batches False", "`eval_do_concat_batches` must be true"),
+        ("--task_name sst2 --label_names grade", r"`label_names` is labels here, .* Got \['grade'\]"),
     ],
 )
 def test_wrong_arguments(common, words, sentence):

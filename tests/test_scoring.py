@@ -7,11 +7,13 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import pandas as pd
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -324,6 +326,34 @@ def test_the_command_line_tells_how_many_rows_were_skipped(folder, classifier, t
     assert command(folder, write(tmp_path / "in.csv", TEXTS[:3]), target, "--no_progress") == 0
 
 
+def test_the_command_line_reads_the_columns_of_the_training(folder, tmp_path, capsys):
+    model = tmp_path / "pairs"
+    shutil.copytree(folder, model)
+    (model / "run.json").write_text(json.dumps({"columns": {"text": ["title", "text"], "label": "label"}}))
+    rows = [{"text": text, "title": other} for text, other in zip(TEXTS, TEXTS[::-1], strict=True)]
+    pd.DataFrame(rows).to_csv(tmp_path / "in.csv", index=False)
+    assert command(model, tmp_path / "in.csv", tmp_path / "own.jsonl", "--no_progress") == 0
+    named = [tmp_path / "in.csv", tmp_path / "named.jsonl", "--no_progress", "--text_columns", "title", "text"]
+    assert command(folder, *named) == 0
+    assert read(tmp_path / "own.jsonl") == read(tmp_path / "named.jsonl")
+    with raises(SystemExit):
+        command(model, tmp_path / "in.csv", tmp_path / "one.jsonl", "--text_columns", "text")
+    assert (
+        "`--text_columns` must name 2: the model was trained on title and text. Got text." in capsys.readouterr().err
+    )
+    pd.DataFrame(rows)[["text"]].to_csv(tmp_path / "in.csv", index=False)
+    with raises(SystemExit):
+        command(model, tmp_path / "in.csv", tmp_path / "none.jsonl")
+    assert "`--text_columns` must name columns out of ['text']. Got 'title'." in capsys.readouterr().err
+
+
+def test_a_column_that_json_has_not_is_told_beside_those_it_has(folder, tmp_path, capsys):
+    (tmp_path / "in.jsonl").write_text('{"sentence": "good", "idx": 1}\n')
+    with raises(SystemExit):
+        command(folder, tmp_path / "in.jsonl", tmp_path / "out.jsonl")
+    assert "must name columns out of ['sentence', 'idx']. Got 'text'." in capsys.readouterr().err
+
+
 def test_the_command_line_runs_an_export(folder, classifier, tmp_path, capsys):
     export_onnx(classifier.model, tmp_path / "onnx", tokenizer=classifier.tokenizer)
     source, target = write(tmp_path / "in.csv", TEXTS), tmp_path / "out.jsonl"
@@ -368,10 +398,9 @@ def test_every_option_tells_its_default():
     parameters = inspect.signature(score_file).parameters
     for name, action in actions.items():
         assert action.required or "(default: " in action.help, name
-        if name in ("batch_size", "window", "num_proc", "on_error", "text_columns"):
-            default = parameters[name].default
-            assert action.default == (list(default) if name == "text_columns" else default), name
-            assert action.default == ["text"] or "(default: %(default)s)" in action.help
+        if name in ("batch_size", "window", "num_proc", "on_error"):
+            assert action.default == parameters[name].default, name
+            assert "(default: %(default)s)" in action.help
 
 
 WRONG_MODELS = {
@@ -622,6 +651,12 @@ def test_who_writes_over_the_checkpoint_does_not_change_the_answers(folder):
             "could not be read, .*row 1 of its list must be an object .* Got 'bad'",
         ),
         ("in.json", b'{\n"text": {"0": "good"}}', "could not be read, .*line 1 is no JSON: .* an object in each line"),
+        (
+            "in.json",
+            b'{"text": {"0": "good", "1": "bad"}, "id": {"0": 1, "1": 2}}',  # as pandas writes where nothing is said
+            "could not be read, .*line 1 is an object of whole columns; one object for each row can be read",
+        ),
+        ("in.csv", b"\n\n\n", "could not be read, .*in.csv: it holds blank lines alone"),
         ("in.json", bytes(range(256)), "`source` could not be read"),
         ("in.csv", b"", "`source` must hold rows. Got .*in.csv`, which is empty"),
         ("in.jsonl", b"", "`source` must hold rows"),

@@ -107,6 +107,8 @@ class RowFile:
                 file.seek(0)
                 headers.append(next(filter(None, csv.reader(file, delimiter=delimiter)), []))
             header = max(headers, key=len)  # the first of those that are equal
+            if not header:
+                raise ValueError("it holds blank lines alone")
             if twice := [name for name, count in Counter(header).items() if count > 1 and name]:
                 raise ValueError(f"the first line names the column {twice[0]!r} twice")
             if names:
@@ -125,9 +127,9 @@ class RowFile:
                 hint = "a text that holds a quote, a separator or a new line must stand in quotes, its quotes doubled"
                 raise ValueError(f"{error}, before the end of line {rows.line_num}; {hint}") from error
 
-    def _json(self, names: bool = False) -> Iterator:
+    def _json(self, names: bool = False, of_all: bool = False) -> Iterator:
         if names:
-            rows = islice(self._json(), SAMPLE)
+            rows = islice(self._json(of_all=True), SAMPLE)
             yield list(dict.fromkeys(name for row in rows for name in row))
             return
         with self.path.open(encoding="utf-8-sig") as file:
@@ -144,9 +146,14 @@ class RowFile:
                 except ValueError as error:
                     hint = "an object in each line, or one list of objects, is what can be read"
                     raise ValueError(f"{where} is no JSON: {error}; {hint}") from error
+                columns = isinstance(row, dict) and list(row.values())
+                if not is_list and columns and all(isinstance(cells, dict) for cells in columns):
+                    # pandas' `to_json` without `orient="records"`
+                    raise ValueError(f"{where} is an object of whole columns; one object for each row can be read")
                 if not isinstance(row, dict):
                     raise ValueError(f"{where} must be an object of cells by column. Got {shown(row)}")
-                yield row if self.columns is None else {name: row[name] for name in self.columns if name in row}
+                kept = row if of_all or self.columns is None else self.columns
+                yield {name: row[name] for name in kept if name in row}
 
     def _parquet(self, names: bool = False) -> Iterator:
         with self.path.open("rb") as source, pq.ParquetFile(source) as file:  # opened here: a name could be a URL
@@ -158,6 +165,15 @@ class RowFile:
             for batch in file.iter_batches(SAMPLE, columns=kept):
                 for cells in zip(*(python_values(batch.column(name)) for name in kept), strict=True):
                     yield dict(zip(kept, cells, strict=True))
+
+
+def trained_columns(model: str | os.PathLike) -> list[str] | None:
+    """The one or two text columns that a model was trained on, where `run.json` of its folder tells them."""
+    try:
+        columns = json.loads(Path(model, "run.json").read_text(encoding="utf-8"))["columns"]["text"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return columns if isinstance(columns, list) and all(isinstance(name, str) for name in columns) else None
 
 
 def find_text_columns(rows: RowFile | Dataset, label_column: str) -> list[str]:
@@ -184,6 +200,8 @@ def find_text_columns(rows: RowFile | Dataset, label_column: str) -> list[str]:
         sample = sample.select_columns([*{*strings, label_column} & {*rows.column_names}]).to_list()
     else:
         sample = list(islice(rows, SAMPLE))
+    if not sample:
+        raise ValueError("There are no rows to tell the columns of text by (`text_columns` not given).")
     values = {name: [row.get(name) for row in sample] for name in rows.column_names if name != label_column}
     found = {}
     for name, cells in values.items():
@@ -322,6 +340,8 @@ def _is_text(text: Any) -> bool:
 
 def row_class_names(labels: list[Any], rows: RowFile | Dataset, split: str, column: str) -> list[str]:
     if (known := known_classes(rows, column)) is not None:
+        beyond = {row: k for row, k in enumerate(labels) if k is not None and k >= len(known)}
+        _refuse(beyond, split, column, f"must be the number of one of {len(known)} classes, {shown(known)}")
         labels = [None if label is None or label < 0 else known[label] for label in labels]
     wrong: dict[str, dict[int, Any]] = {MISSING: {}, SEVERAL: {}, FRACTION: {}}
     for row, label in enumerate(labels):

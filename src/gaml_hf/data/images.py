@@ -84,7 +84,10 @@ class ImageSource:
         """
         path = Path(path)
         if not path.is_dir():
-            raise ValueError(f"`{argument}` must be a folder of images. Got `{path}`, which is not there.")
+            raise ValueError(
+                f"`{argument}` must be a folder of images. Got `{path}`, "
+                + ("which is none." if path.exists() else "which is not there.")
+            )
         files = sorted(file for file in _files_below(path) if file.suffix.lower() in SUFFIXES)
         if not files:
             raise ValueError(f"`{argument}` must hold images ({', '.join(SUFFIXES)}). Got `{path}`, which has none.")

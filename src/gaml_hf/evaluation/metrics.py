@@ -24,7 +24,9 @@ def warn_of_one_class(exit_logits: np.ndarray | Tensor, config: Any) -> None:
     if share:
         logger.warning(
             f"{share:.0%} of the rows leave at the exits {str(blind)[1:-1]}, which answer every row with one class. "
-            "Choose a slower policy, `entropy` or `max_prob` in place of `patience`, or train longer."
+            "Choose a slower policy"
+            + (", `entropy` or `max_prob` in place of `patience`," if config.exit_strategy == "patience" else "")
+            + " or train longer."
         )
 
 

@@ -204,15 +204,16 @@ def _layer_and_exit_flops(model: PreTrainedModel, lengths: Sequence[int]) -> lis
     """FLOPs of one layer and of one exit for one row, at each length; layers are of one shape, and so are exits."""
     config = copy.deepcopy(model.config)
     config._attn_implementation = "eager"
-    with torch.device("meta"):  # shapes without numbers: nothing is computed
+    # Shapes without numbers: nothing is computed. And no gradient, which the counter would follow into the encoder.
+    with torch.device("meta"), torch.no_grad():
         shapes = type(model)(config).eval()
         costs = []
         for length in lengths:
             hidden_states = torch.empty(1, length, config.hidden_size)
             inputs = shapes._layer_inputs(hidden_states, None)
-            with FlopCounterMode(display=False) as layer, torch.no_grad():
+            with FlopCounterMode(display=False) as layer:
                 hidden_states = shapes._run_layer(shapes.encoder_layers[0], hidden_states, inputs)
-            with FlopCounterMode(display=False) as exit_, torch.no_grad():
+            with FlopCounterMode(display=False) as exit_:
                 shapes._run_exit(config.exit_layers[0], hidden_states[:, 0])
             costs.append((layer.get_total_flops(), exit_.get_total_flops()))
     return costs

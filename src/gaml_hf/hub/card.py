@@ -237,9 +237,7 @@ def _config_fields(config: GamlConfigMixin) -> dict:
 
 def _policy(fields: Mapping) -> str:
     """How a card names a policy: as keyword arguments, which can be copied from there."""
-    return ", ".join(
-        f"{key}={json.dumps(value) if isinstance(value, str) else f'{value:.4g}'}" for key, value in fields.items()
-    )
+    return ", ".join(f"{key}={json.dumps(value)}" for key, value in fields.items())
 
 
 def _printable(values: Mapping | None) -> dict[str, str]:

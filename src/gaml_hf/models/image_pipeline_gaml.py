@@ -155,11 +155,9 @@ class GamlImageClassificationPipeline(ExitPipelineMixin, ImageClassificationPipe
 
 
 def _makes_one_size(image_processor: Any) -> bool:
-    """Whether all images come out of it in one height and one width."""
-    size = getattr(image_processor, "size", None) or {}
-    if getattr(image_processor, "do_center_crop", False):
-        return True
-    return getattr(image_processor, "do_resize", True) and {"height", "width"} <= dict(size).keys()
+    """Whether a wide image, a high one and a small one come out of it in one height and one width."""
+    images = [Image.new("RGB", size) for size in ((96, 64), (64, 96), (40, 40))]
+    return len({np.shape(image_processor(images=image)["pixel_values"][0]) for image in images}) == 1
 
 
 def _image_of_base64(text: str) -> Image.Image:
@@ -183,7 +181,10 @@ def check_mode(image: Image.Image) -> None:
 
 def _image_of(values: np.ndarray | torch.Tensor) -> Image.Image:
     """The image that an array or a tensor holds, in RGB of 8 bits, as an image file has it."""
-    x = values.numpy(force=True) if isinstance(values, torch.Tensor) else values
+    if isinstance(values, torch.Tensor):
+        x = (values.float() if values.is_floating_point() else values).numpy(force=True)  # NumPy has no bfloat16
+    else:
+        x = values
     if x.ndim not in (2, 3):
         raise ValueError(
             "an array or a tensor must be one image, of 2 or 3 dimensions; give several as a list. "

@@ -53,15 +53,17 @@ class CheckedRows:
         )
 
     def _get_dataloader(self, dataset, description, *args, **kwargs):
-        collator = self.data_collator
+        collator, drop_last = self.data_collator, self.args.dataloader_drop_last
         split = {"Training": "train", "Evaluation": "eval"}.get(description, description)
         self.data_collator = CheckedCollator(
             collator, split, num_labels=self.model.config.num_labels, needs_labels=split != "test"
         )
+        # The rows of a last batch that is not full are left out of a step, never out of a score or a prediction.
+        self.args.dataloader_drop_last = drop_last and split == "train"
         try:
             return super()._get_dataloader(dataset, description, *args, **kwargs)
         finally:
-            self.data_collator = collator
+            self.data_collator, self.args.dataloader_drop_last = collator, drop_last
 
     def _get_eval_sampler(self, eval_dataset):
         # None is the rows' own order. With "group_by_length" the stock Trainer would sort them as it does in training,

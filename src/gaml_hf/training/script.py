@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import csv
 import difflib
+import hashlib
 import json
 import logging
 import math
@@ -36,6 +37,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer_callback import ExportableState
 
 from gaml_hf.evaluation import (
     RISKS,
@@ -197,7 +199,8 @@ class GamlArguments:
             rows_needed(self.max_loss, self.confidence)  # says what is wrong with them
             if self.risk not in RISKS:
                 raise ValueError(f"`risk` must be one of {list(RISKS)}. Got `risk={self.risk!r}`.")
-        if self.target_speed_up is None:
+        self.target_is_given = self.target_speed_up is not None
+        if not self.target_is_given:
             self.target_speed_up = list(self.usual_speed_up)
         if len(self.target_speed_up) != 2 or not 1 <= self.target_speed_up[0] <= self.target_speed_up[1]:
             raise ValueError(
@@ -225,6 +228,11 @@ class GamlArguments:
         parameter = getattr(EXIT_POLICIES.get(self.exit_strategy), "parameter", None)
         return parameter is not None and getattr(self, parameter, None) is None
 
+    @property
+    def chooses(self) -> bool:
+        """Whether the rows set aside change the config: by the policy's parameter, or by temperatures."""
+        return self.policy_is_open or self.calibrate_exits
+
     def settle_strategy(self, usual: str) -> None:
         """Where none is named: the one whose parameter is given, the paper's by its letter (Sec. 6.6), or `usual`."""
         if self.exit_strategy is None:
@@ -245,6 +253,20 @@ class GamlArguments:
             raise ValueError(
                 "`max_loss` chooses the parameter of an exit strategy: give an `exit_strategy` such as entropy, and "
                 f"no parameter of it. Got `exit_strategy={self.exit_strategy!r}`."
+            )
+        if self.target_is_given and not self.policy_is_open:
+            logger.warning(
+                "`target_speed_up` is not used: "
+                + (
+                    "the model keeps its exit policy. To choose another, give an `exit_strategy` such as entropy."
+                    if self.exit_strategy is None
+                    else f"of `exit_strategy={self.exit_strategy!r}` there is no parameter to choose."
+                )
+            )
+        if self.calibrate_exits and self.exit_strategy is None:
+            raise ValueError(
+                "`calibrate_exits` changes the probabilities that a threshold was chosen for: give an `exit_strategy` "
+                "such as entropy, whose threshold is then chosen anew. Got none."
             )
 
     def config_fields(self) -> dict:
@@ -284,6 +306,12 @@ class GamlTrainingArguments(TrainingArguments):
     def __post_init__(self):
         if self.prediction_loss_only:
             raise ValueError("`prediction_loss_only` must be false: exits are scored by their predictions. Got true.")
+        if not self.eval_do_concat_batches:
+            raise ValueError("`eval_do_concat_batches` must be true: exits are scored on all rows at once. Got false.")
+        if self.label_names not in (None, ["labels"]):
+            raise ValueError(f"`label_names` is labels here, whatever the data call them. Got {self.label_names}.")
+        if str(self.resume_from_checkpoint).lower() == "false":  # as a recipe says it
+            self.resume_from_checkpoint = None
         do_eval = self.do_eval  # which the parent sets to True, for rows are scored during training; ours are held out
         if not torch.accelerator.is_available():  # else the parent refuses bf16, and torch warns of pinned memory
             self.use_cpu, self.dataloader_pin_memory = True, False
@@ -372,15 +400,22 @@ def set_up(training_args: GamlTrainingArguments) -> None:
         logger.warning(f"`bf16` will crawl: products take {cost:.1f} times as long as in float32 on this processor.")
 
 
-def check_output_dir(training_args: GamlTrainingArguments, model_name_or_path: str | None) -> None:
-    """Refuse to write a trained model over the encoder that it starts from."""
+def is_own_folder(training_args: GamlTrainingArguments, model_name_or_path: str | None) -> bool:
+    """Whether `output_dir` is the folder of the model that is begun with."""
     output_dir = Path(training_args.output_dir)
-    encoder = Path(model_name_or_path) if model_name_or_path else None  # a folder, or a name on the Hub
-    is_same = encoder is not None and encoder.is_dir() and output_dir.is_dir() and encoder.samefile(output_dir)
-    if training_args.do_train and is_same:
+    model = Path(model_name_or_path) if model_name_or_path else None  # a folder, or a name on the Hub
+    return model is not None and model.is_dir() and output_dir.is_dir() and model.samefile(output_dir)
+
+
+def check_output_dir(
+    training_args: GamlTrainingArguments, gaml_args: GamlArguments, model_name_or_path: str | None
+) -> None:
+    """Refuse to write over the model that is begun with, or over what its folder tells of its training."""
+    if is_own_folder(training_args, model_name_or_path) and (training_args.do_train or gaml_args.chooses):
+        lost = "weights" if training_args.do_train else "exit policy and model card"
         raise ValueError(
-            "`output_dir` must be another folder than `model_name_or_path`, whose weights the trained ones would "
-            f"replace. Got `{output_dir}` for both."
+            f"`output_dir` must be another folder than `model_name_or_path`, whose {lost} this run would replace. "
+            f"Got `{training_args.output_dir}` for both."
         )
 
 
@@ -438,6 +473,11 @@ def set_aside(
                     "trained on nor set aside then. Give others than its training file, or train with `max_loss`."
                 )
             holdout_rows = holdout_rows.select(range(num_choice))
+        elif num_holdout and gaml_args.chooses and not training_args.do_train:
+            logger.warning(
+                "The exit policy is chosen on rows of the file named for training. If these made this checkpoint, its "
+                "exits are surer of them than of others: give rows that had no part in it."
+            )
     if holdout_rows is None:
         if training_args.do_train:
             logger.warning("No rows are set aside (`holdout_fraction`): the last checkpoint is kept, not the best.")
@@ -448,12 +488,19 @@ def set_aside(
                 f"choose it (`holdout_fraction` above 0). Got `holdout_fraction={gaml_args.holdout_fraction}` of "
                 f"{0 if rows is None else len(shuffled)} rows."
             )
+        if gaml_args.calibrate_exits:
+            raise ValueError(
+                "`calibrate_exits` needs training rows set aside (`holdout_fraction` above 0). Got "
+                f"`holdout_fraction={gaml_args.holdout_fraction}` of {0 if rows is None else len(shuffled)} rows."
+            )
     return train_rows, holdout_rows, promise_rows
 
 
-def count_rows(train_rows: Any | None, holdout_rows: Any | None, promise_rows: Any | None) -> dict[str, int]:
+def count_rows(
+    train_rows: Any | None, holdout_rows: Any | None, promise_rows: Any | None, do_train: bool
+) -> dict[str, int]:
     """How many rows were used for what, as `run.json` and the card tell it."""
-    counts = {"train": len(train_rows or ()), "holdout": len(holdout_rows or ())}
+    counts = {"train": len(train_rows or ()) if do_train else 0, "holdout": len(holdout_rows or ())}
     return counts if promise_rows is None else counts | {"promise": len(promise_rows)}
 
 
@@ -472,9 +519,16 @@ def make_trainer(
     config, callbacks = model.config, []
     compute_metrics = ExitMetrics(config, score, main_metric)
     if training_args.do_train:
-        label_names = [config.id2label[k] for k in range(config.num_labels)]
+        label_names, labels = [config.id2label[k] for k in range(config.num_labels)], train_rows["labels"][:]
+        callbacks.append(TrainRows.of(labels))
+        if absent := sorted(set(range(config.num_labels)) - set(labels)):
+            logger.warning(
+                "No row to train on is of %s: all that there are were set aside (`holdout_fraction`), or there are "
+                "none.",
+                ", ".join(repr(label_names[k]) for k in absent),
+            )
         if gaml_args.balances_classes:
-            config.class_weights = balanced_class_weights(train_rows["labels"][:], label_names)
+            config.class_weights = balanced_class_weights(labels, label_names)
         if config.class_weights is not None:
             logger.info("Weights of the classes: %s.", dict(zip(label_names, config.class_weights, strict=True)))
         scores = holdout_rows is not None and training_args.eval_strategy != "no"
@@ -551,6 +605,7 @@ def train(trainer: GamlTrainer, resume: str | bool | None, old_checkpoints: Sequ
 def check_resume(trainer: GamlTrainer, resume: str | bool | None) -> None:
     """Before PyTorch does, and in a sentence: whether a checkpoint is of the model that is to go on."""
     folders = list(training_checkpoints(Path(trainer.args.output_dir)).values()) if resume is True else [resume]
+    rows = next((each for each in trainer.callback_handler.callbacks if isinstance(each, TrainRows)), None)
     for folder in filter(None, folders):
         try:
             saved = type(trainer.model.config).from_pretrained(folder)
@@ -563,6 +618,12 @@ def check_resume(trainer: GamlTrainer, resume: str | bool | None) -> None:
                     f"`resume_from_checkpoint` must go on with the model of `{folder}`, with `{name}` {before}. "
                     f"Got {now}."
                 )
+        if rows is not None and TrainRows.digest_in(folder) not in (None, rows.digest):
+            raise ValueError(
+                f"`resume_from_checkpoint` must go on with the rows of `{folder}`. Got others, so that rows which "
+                "have trained would choose checkpoint and policy. Give the same training data, `seed` (or "
+                "`data_seed`), `holdout_fraction` and number of rows."
+            )
 
 
 def leave_autocast(trainer: GamlTrainer) -> None:
@@ -612,13 +673,16 @@ def choose_policy(
 
 
 def leave(trainer: GamlTrainer, processing_class: Any, run: dict, card: dict, is_chosen: bool) -> None:
-    """Write `run.json` and, where model or policy are new, the checkpoint; push it where that is wanted."""
+    """
+    Write `run.json` and, where model or policy are new, the checkpoint; push it where that is wanted. In the model's
+    own folder `run.json` goes on telling of its training, and of this run under `later`.
+    """
     args, output_dir = trainer.args, Path(trainer.args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    if not args.do_train:  # what is known of the training stays, and nothing is said of it that this run did not do
-        if Path(card.get("base_model") or "").resolve() == output_dir.resolve():
+    if not args.do_train:  # nothing is said of the training that this run did not do
+        if is_own_folder(args, card.get("base_model")):  # and what is known of it stays
             with contextlib.suppress(OSError, ValueError):
-                run = json.loads((output_dir / "run.json").read_text(encoding="utf-8")) | run
+                run = json.loads((output_dir / "run.json").read_text(encoding="utf-8")) | {"later": run}
         card = {name: value for name, value in card.items() if name not in ("base_model", "dataset", "task")}
     (output_dir / "run.json").write_text(json.dumps(run, indent=2, default=str) + "\n", encoding="utf-8")
     if args.do_train or is_chosen:
@@ -642,6 +706,29 @@ def _keep_readme(path: Path) -> None:
         if "2021.emnlp-main.242" not in text and "generated_from_trainer" not in text:
             path.replace(path.with_name("README.old.md"))
             logger.warning("`%s` was not a model card of this script: it is now `README.old.md`.", path)
+
+
+class TrainRows(TrainerCallback, ExportableState):
+    """Has each checkpoint know which rows trained it, by their classes in their order."""
+
+    def __init__(self, digest: str):
+        self.digest = digest
+
+    @classmethod
+    def of(cls, labels: Sequence[int]) -> "TrainRows":
+        return cls(hashlib.sha256(np.asarray(labels, dtype=np.int64).tobytes()).hexdigest()[:16])
+
+    @classmethod
+    def digest_in(cls, checkpoint: str | Path) -> str | None:
+        """That of the rows that trained `checkpoint`; None where it does not say, as one of an older version."""
+        try:
+            state = json.loads(Path(checkpoint, "trainer_state.json").read_text(encoding="utf-8"))
+            return state["stateful_callbacks"][cls.__name__]["args"]["digest"]
+        except (OSError, ValueError, LookupError, TypeError):
+            return None
+
+    def state(self) -> dict:
+        return {"args": {"digest": self.digest}, "attributes": {}}
 
 
 class FirstStep(TrainerCallback):
@@ -668,13 +755,16 @@ def evaluate_splits(
     parts: Mapping[str, tuple[str, Any]],
     evaluate: Callable[[Any], dict],
     main_metric: str,
+    *,
+    draws: bool,
 ) -> dict[str, dict]:
     """
-    Score each split once: what `run.json` tells of each. Draws the first.
+    Score each split once: what `run.json` tells of each.
 
     Args:
         parts (`dict`): of each split, the prefix of its scores and its rows.
         evaluate (`Callable`): [`evaluate`], of rows.
+        draws (`bool`): whether to draw the first, for the card; not in a model's own folder, whose card stays.
     """
     evaluations, results = {}, {}
     for split, (prefix, part) in parts.items():
@@ -683,7 +773,7 @@ def evaluate_splits(
         flat = {f"exit_{m}": value for m, value in depth.items()}
         flat |= {"exit_mean": evaluation["exit_mean"], **evaluation["policy"], "samples": len(part)}
         results |= {f"{prefix}_{key}": value for key, value in flat.items()}
-        if trainer.is_world_process_zero() and prefix == "eval":
+        if draws and trainer.is_world_process_zero() and prefix == "eval":
             curves = {
                 strategy: [OperatingPoint(**point) for point in points]
                 for strategy, points in evaluation["curves"].items()
@@ -801,7 +891,7 @@ def card_values(run: dict, main_metric: str) -> dict[str, Any]:
     if "evaluation" in run:
         split, evaluation = next(iter(run["evaluation"].items()))
         card["hardware"] = run["hardware"]
-        card["rows"] = {**run["rows"], split: evaluation["rows"]}
+        card["rows"] = {use: number for use, number in run["rows"].items() if number} | {split: evaluation["rows"]}
         frequent = evaluation["most_frequent_class"][main_metric]
         card["baseline"] = ("answering the most frequent class every time", frequent)
         policy = evaluation["policy"]
@@ -818,7 +908,9 @@ def card_values(run: dict, main_metric: str) -> dict[str, Any]:
                 for key in evaluation["most_frequent_class"]
                 if key != main_metric
             },
-            "chosen_on": "training rows set aside" if "chosen" in run else None,
+            "chosen_on": ("training rows set aside" if "global_step" in run else "rows of the file named for training")
+            if "chosen" in run
+            else None,
             "chosen_on_speed_up": run.get("chosen", {}).get("speed_up"),
             "target_speed_up": run.get("target_speed_up"),
             "flops_speed_up": policy["flops_speed_up"],
