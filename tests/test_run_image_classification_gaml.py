@@ -137,6 +137,25 @@ def test_a_policy_by_what_it_may_cost(common, images, tmp_path, capsys):
         runner.GamlArguments(max_loss=0.3, target_speed_up=[1.2, 1.4])
 
 
+def test_a_policy_chosen_after_the_training(common, images, tmp_path):
+    train = ["--train_dir", str(images / "train"), "--do_train", "--num_train_epochs", "1", "--patience", "1"]
+    runner.main([*common, *train])
+    words = [*common[2:], "--model_name_or_path", str(tmp_path / "out"), "--train_dir", str(images / "train")]
+    words += ["--validation_dir", str(images / "test"), "--do_eval", "--output_dir", str(tmp_path / "chosen")]
+    run = runner.main([*words, "--exit_strategy", "entropy", "--target_speed_up", "1", "4"])
+    assert run["rows"] == {"train": 0, "holdout": 12}
+    assert run["chosen"]["exit_strategy"] == run["config"]["exit_strategy"] == "entropy"
+    assert (
+        json.loads((tmp_path / "chosen" / "config.json").read_text())["exit_threshold"] == run["chosen"]["parameter"]
+    )
+
+
+def test_a_folder_that_is_a_file(common, tmp_path):
+    (tmp_path / "rows.csv").write_text("image,label")
+    with raises(ValueError, match="`train_dir` must be a folder of images. Got `.*rows.csv`, which is none"):
+        runner.main([*common, "--train_dir", str(tmp_path / "rows.csv"), "--do_train"])
+
+
 def test_a_dataset(common, images, tmp_path, monkeypatch):
     features = Features({"img": ImageFeature(), "what": ClassLabel(names=["red", "green", "blue"])})
 
