@@ -16,6 +16,9 @@ from gaml_score import EXITS, _in_words_of_the_command, _is_export, _wrong_model
 
 
 TOKEN_VARIABLE = "GAML_ADMIN_TOKEN"
+# Seconds that a connection without a request stays open: longer than clients and proxies keep theirs (60 is usual), or
+# one of them sends a request into a connection that is just being closed, and it is lost.
+KEEP_ALIVE = 75
 # Of `ServerSettings`, with its defaults, which stand there and, for `--help`, here; a test compares.
 KNOBS = (
     (
@@ -102,7 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(_in_words_of_the_command(str(error), vars(options)))
     load = ClassifierLoader(options.model, is_export, device, options.num_threads, prepack)
     app = make_app(load, settings, name=options.model, admin_token=options.admin_token)
-    server = DrainingServer(uvicorn.Config(app, host=options.host, port=options.port, access_log=False))
+    config = {"host": options.host, "port": options.port, "access_log": False, "timeout_keep_alive": KEEP_ALIVE}
+    server = DrainingServer(uvicorn.Config(app, **config))
     server.run()
     if (failure := app.state.service.failure) is not None:
         parser.error(_in_words_of_the_command(str(failure), vars(options)))

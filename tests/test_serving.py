@@ -1034,6 +1034,25 @@ def test_who_does_not_read_does_not_keep_the_server(folder, monkeypatch):
 
 
 @mark.skipif(os.name == "nt", reason="no SIGTERM there")
+def test_a_connection_may_rest_between_two_requests(folder, monkeypatch):
+    """Longer than uvicorn's 5 seconds, which are httpx's too: who of the two comes first then loses a request."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    limits = httpx.Limits(max_connections=1, keepalive_expiry=60)
+    with command(folder) as (process, url, lines), httpx.Client(base_url=url, limits=limits) as client:
+        while client.get("/health").status_code != 200:
+            time.sleep(0.02)
+        ports = []
+        for rest in (0, 6):
+            time.sleep(rest)
+            response = client.post("/predict", json={"inputs": "good"})
+            assert response.status_code == 200
+            ports.append(response.extensions["network_stream"].get_extra_info("client_addr"))
+        assert ports[0] == ports[1]
+        process.send_signal(signal.SIGTERM)  # for which an idle connection is no reason to stay
+        assert process.wait(20) == 0
+
+
+@mark.skipif(os.name == "nt", reason="no SIGTERM there")
 def test_a_server_that_still_loads_its_model_ends_in_the_regular_way(folder):
     with command(folder) as (process, url, lines):
         process.send_signal(signal.SIGTERM)
