@@ -409,7 +409,7 @@ def test_card_says_what_was_measured(model):
         "| rows, train | 90 |",
         "| 1 | 4.00x | 0.5100 |",
         "| 2 | 2.00x | 0.6200 |",
-        '| `exit_strategy="entropy", exit_threshold=0.1235` | 1.50x | 0.9200 |',
+        '| `exit_strategy="entropy", exit_threshold=0.123456` | 1.50x | 0.9200 |',
         "![Score against speed-up](speed_score.png)",
         "| `learning_rate` | 2e-05 |",
         r"| `optim` | a\|b |",

@@ -476,7 +476,7 @@ def test_the_encoder_is_not_written_over(common, files, tmp_path):
 def test_a_name_on_the_hub_is_no_folder(tmp_path, monkeypatch, model, output_dir):
     monkeypatch.chdir(tmp_path)
     arguments = script.GamlTrainingArguments(output_dir, do_train=True, use_cpu=True, dataloader_pin_memory=False)
-    script.check_output_dir(arguments, model)
+    script.check_output_dir(arguments, script.GamlArguments(), model)
 
 
 def test_a_run_started_anew_forgets_the_checkpoints_of_the_old_one(common, files, tmp_path):
