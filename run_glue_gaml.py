@@ -39,7 +39,6 @@ from gaml_hf.data.files import (
     find_text_columns,
     known_classes,
     read_split,
-    trained_columns,
 )
 from gaml_hf.evaluation import (
     flops_speed_up,
@@ -200,9 +199,10 @@ def load_config(model_args: ModelArguments, gaml_args: GamlArguments, **changes)
 
 
 def load_model(
-    model_args: ModelArguments, gaml_args: GamlArguments, label_names: list[str] | None, task: GlueTask | None
+    model_args: ModelArguments, gaml_args: GamlArguments, data: "Data"
 ) -> tuple[ExitsMixin, PreTrainedTokenizerBase]:
-    """A model for these classes. One that was trained for them keeps its own names and their order."""
+    """A model for the classes of the data. One that was trained for them keeps its own names and their order."""
+    label_names, task = data.label_names, data.task
     name, source = model_args.model_name_or_path, model_args.source()
     found, labels = GamlAutoConfig.from_pretrained(name, **source), {}
     if found.comes_with_exits:
@@ -260,10 +260,12 @@ def main(argv: list[str] | None = None) -> dict:
         gaml_args.settle_strategy("entropy")
     gaml_args.check_policy()
     check_output_dir(training_args, gaml_args, model_args.model_name_or_path)
-    load_config(model_args, gaml_args, class_weights=None)  # before any row is read; the classes are not known yet
-
-    data = read_data(model_args, data_args, training_args)
-    model, tokenizer = load_model(model_args, gaml_args, data.label_names, data.task)
+    # Before any row is read; the classes are not known yet.
+    trained_columns = load_config(model_args, gaml_args, class_weights=None).text_columns
+    data = read_data(model_args, data_args, training_args, trained_columns)
+    model, tokenizer = load_model(model_args, gaml_args, data)
+    if training_args.do_train:
+        model.config.text_columns = data.columns
     encode(data, model.config, tokenizer, data_args, training_args)
     train_rows, holdout_rows, promise_rows = set_aside(
         data.rows.get("train"), data_args.max_train_samples, gaml_args, training_args
@@ -335,7 +337,12 @@ class Data:
         return {split: class_counts(labels, self.label_names) for split, labels in self.labels.items()}
 
 
-def read_data(model_args: ModelArguments, data_args: DataTrainingArguments, training_args: TrainingArguments) -> Data:
+def read_data(
+    model_args: ModelArguments,
+    data_args: DataTrainingArguments,
+    training_args: TrainingArguments,
+    trained_columns: list[str] | None,
+) -> Data:
     """Texts and class names, checked row by row, and the classes that there are."""
     sources = open_splits(data_args, model_args)
     task = None if data_args.task_name is None else get_task(data_args.task_name)
@@ -348,11 +355,16 @@ def read_data(model_args: ModelArguments, data_args: DataTrainingArguments, trai
         raise ValueError(f"The data must have the splits {sorted(needed)}. Got {sorted(sources)}.")
     splits = [*(["train"] if "train" in sources else []), *sorted(needed - {"train"})]
     columns = data_args.text_columns or (list(task.text_columns) if task else None)
-    if columns is None and not training_args.do_train:
-        trained = trained_columns(model_args.model_name_or_path)
-        columns = trained if trained and set(trained) <= set(sources[splits[0]].column_names) else None
+    trained = None if training_args.do_train else trained_columns
+    if columns is None and trained and set(trained) <= set(sources[splits[0]].column_names):
+        columns = trained
     if columns is None:
         columns = find_text_columns(sources[splits[0]], data_args.label_column)
+    if trained and len(columns) != len(trained):
+        raise ValueError(
+            f"`text_columns` must name {len(trained)}: the model was trained on {' and '.join(trained)}. "
+            f"Got {' '.join(columns)}."
+        )
     rows, names = DatasetDict(), {}
     for split in splits:
         rows[split], names[split] = read_split(
@@ -527,7 +539,6 @@ def card_values(run: dict, data_args: DataTrainingArguments, model_args: ModelAr
         "base_model": model_args.model_name_or_path,
         "dataset": data_args.dataset_name or ("nyu-mll/glue" if data_args.task_name else data_args.train_file),
         "task": data_args.task_name,
-        "text_columns": run["columns"]["text"],
         "label_column": run["columns"]["label"],
         "max_length": run["max_length"],
     }

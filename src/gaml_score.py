@@ -5,6 +5,7 @@ It stands outside the package because `import gaml_hf` takes seconds: `--help` a
 """
 
 import argparse
+import json
 import re
 import signal
 import sys
@@ -86,10 +87,9 @@ def _score(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     if (problem := _wrong_options(options) or _wrong_model(options.model, options.onnx)) is not None:
         parser.error(problem)
 
-    from gaml_hf.data.files import trained_columns
     from gaml_hf.runtime.scoring import ClassifierLoader, score_file
 
-    trained = trained_columns(options.model)
+    trained = _trained_columns(options.model)
     text_columns = options.text_columns or trained or ["text"]
     if trained is not None and len(text_columns) != len(trained):
         parser.error(
@@ -166,14 +166,31 @@ def _wrong_model(model: str, is_export: bool) -> str | None:
         state = "which is no folder" if folder.exists() else "which is not there"
         return f"`--model` must be {needed}. Got `{model}`, {state}."
 
-    from huggingface_hub import hf_hub_download
-
     try:
-        hf_hub_download(model, "config.json")
+        _config(model)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         return f"`--model` must be {needed}. Got `{model}`, no folder here; and from the Hub: {reason}"
     return None
+
+
+def _config(model: str) -> Path:
+    """The config of a model in a folder, or on the Hub and then in its cache."""
+    if (folder := Path(model)).is_dir():
+        return folder / "config.json"
+
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(model, "config.json"))
+
+
+def _trained_columns(model: str) -> list[str] | None:
+    """`text_columns` of the config. None of one that is broken, too: loading it says what is wrong."""
+    try:
+        columns = json.loads(_config(model).read_text(encoding="utf-8")).get("text_columns")
+    except (AttributeError, ValueError):
+        return None
+    return columns if isinstance(columns, list) and all(isinstance(name, str) for name in columns) else None
 
 
 def _in_words_of_the_command(message: str, options: Mapping[str, Any]) -> str:

@@ -35,6 +35,7 @@ EVERYTHING = {
     "patience": 3,
     "exit_threshold": 0.9,
     "exit_temperatures": [1.5, 1.0, 0.5],
+    "text_columns": ["premise", "hypothesis"],
 }
 
 
@@ -95,6 +96,9 @@ def test_json_round_trip(values, tmp_path):
         ),
         ({"exit_temperatures": [1, 1, 0, 1]}, "Got `exit_temperatures=[1, 1, 0, 1]`"),
         ({"exit_temperatures": [1.0, 1.0, 1.0, float("nan")]}, "one finite number above 0"),
+        ({"text_columns": []}, "`text_columns` must name one column, or two for pairs. Got `text_columns=[]`"),
+        ({"text_columns": ["a", "b", "c"]}, "Got `text_columns=['a', 'b', 'c']`"),
+        ({"text_columns": "text"}, "Field 'text_columns' expected a list, got str"),
         # the policy
         (
             {"exit_strategy": "patient"},

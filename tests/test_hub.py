@@ -429,13 +429,17 @@ PAIR_CALL = 'classifier({"text": "A text to classify.", "text_pair": "The text b
 
 
 def test_card_shows_the_call_that_the_model_takes(model):
-    one, two = (render_card(model.config, text_columns=columns) for columns in (["review"], ["premise", "hypothesis"]))
+    def card(*columns: str, **told) -> str:
+        model.config.text_columns = [*columns]
+        return render_card(model.config, **told)
+
+    one, two = card("review"), card("premise", "hypothesis")
     assert 'classifier("A text to classify.")  # label' in one
     assert "- Trained on the column `review`\n" in one
     assert PAIR_CALL in two
     assert "- Trained on the column `premise` and the column `hypothesis`, a pair of texts\n" in two
     assert 'classifier("A text' not in two
-    told = render_card(model.config, text_columns=["review"], label_column="stars")
+    told = card("review", label_column="stars")
     assert "- Trained on the column `review`; classes from the column `stars`\n" in told
 
 

@@ -504,6 +504,26 @@ def test_a_skipped_row_costs_no_other(classifier, row, error_class, sentence):
         assert [answer["score"] for answer in answers] == scores(good)
 
 
+@mark.parametrize(
+    ("columns", "good", "bad", "sentence"),
+    [
+        (["review"], "good", PAIR, "of single texts, with no `text_pair` (review). Got 2 of 1 texts."),
+        (["one", "two"], PAIR, "good", 'of pairs, {"text": ..., "text_pair": ...} (one and two). Got 1 of 2 texts.'),
+    ],
+    ids=["texts", "pairs"],
+)
+def test_a_row_has_as_many_texts_as_in_the_training(classifier, columns, good, bad, sentence):
+    classifier.model.config.text_columns = columns
+    expected = classifier(good)
+    with raises(ValueError, match=f"`inputs.1.`: a row must be as in the training, {re.escape(sentence)}"):
+        classifier([good, bad])
+    answers = classifier([good, bad], on_error="skip")
+    assert sentence in answers[1]["error"]
+    assert exits(answers[:1]) == exits(expected if isinstance(expected, list) else [expected])
+    classifier.model.config.text_columns = None  # not told: both
+    assert len(classifier([good, bad])) == 2
+
+
 def test_a_skipped_row_keeps_the_shape_of_the_answers(classifier):
     assert classifier("", on_error="skip")[0]["label"] is None
     assert classifier({"text": ""}, on_error="skip")["error"].startswith("`inputs`: `text` must hold more than blanks")

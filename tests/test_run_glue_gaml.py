@@ -563,7 +563,9 @@ def test_a_later_run_keeps_what_is_known_of_the_training(common, files, tmp_path
     path = write_csv(tmp_path / "later.csv", rows)
     again = [*common, "--validation_file", path, "--test_file", path, "--do_eval", "--do_predict"]
     run = run_glue_gaml.main([*again, "--model_name_or_path", str(out)])
-    assert run["columns"]["text"] == ["sentence"]
+    assert run["columns"]["text"] == run["config"]["text_columns"] == ["sentence"]
+    with raises(ValueError, match="must name 1: the model was trained on sentence. Got sentence comment"):
+        run_glue_gaml.main([*again, "--model_name_or_path", str(out), "--text_columns", "sentence", "comment"])
     assert (out / "README.md").read_text() == card
     second = json.loads((out / "run.json").read_text())
     assert second.pop("later")["evaluation"]["validation"]["rows"] == 3

@@ -20,10 +20,11 @@ import pyarrow.parquet as pq
 import torch
 from datasets import Dataset, IterableDataset
 from pytest import approx, fixture, importorskip, mark, raises
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
 import gaml_score
-from gaml_hf import GamlBertForSequenceClassification
+from gaml_hf import GamlAutoModelForSequenceClassification, GamlBertForSequenceClassification
+from gaml_hf.hub import push_checkpoint
 from gaml_hf.runtime import scoring
 from gaml_hf.runtime.ort import export_onnx
 from gaml_hf.runtime.scoring import ClassifierLoader, score_file, score_rows
@@ -326,24 +327,35 @@ def test_the_command_line_tells_how_many_rows_were_skipped(folder, classifier, t
     assert command(folder, write(tmp_path / "in.csv", TEXTS[:3]), target, "--no_progress") == 0
 
 
-def test_the_command_line_reads_the_columns_of_the_training(folder, tmp_path, capsys):
-    model = tmp_path / "pairs"
+@mark.parametrize("where", ["folder", "hub", "export"])
+def test_the_command_line_reads_the_columns_of_the_training(where, folder, hub_server, tmp_path, capsys):
+    plain, model, more = folder, tmp_path / "pairs", []
     shutil.copytree(folder, model)
-    (model / "run.json").write_text(json.dumps({"columns": {"text": ["title", "text"], "label": "label"}}))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"text_columns": ["title", "text"]}))
     rows = [{"text": text, "title": other} for text, other in zip(TEXTS, TEXTS[::-1], strict=True)]
     pd.DataFrame(rows).to_csv(tmp_path / "in.csv", index=False)
-    assert command(model, tmp_path / "in.csv", tmp_path / "own.jsonl", "--no_progress") == 0
+    if where == "hub":
+        push_checkpoint(model, "me/pairs")
+        model = "me/pairs"
+    elif where == "export":
+        for source in (model, plain):
+            export = tmp_path / f"{source.name}-onnx"
+            loaded = GamlAutoModelForSequenceClassification.from_pretrained(source)
+            export_onnx(loaded, export, tokenizer=AutoTokenizer.from_pretrained(source))
+        model, plain, more = tmp_path / "pairs-onnx", export, ["--onnx"]
+    assert command(model, tmp_path / "in.csv", tmp_path / "own.jsonl", "--no_progress", *more) == 0
     named = [tmp_path / "in.csv", tmp_path / "named.jsonl", "--no_progress", "--text_columns", "title", "text"]
-    assert command(folder, *named) == 0
+    assert command(plain, *named, *more) == 0
     assert read(tmp_path / "own.jsonl") == read(tmp_path / "named.jsonl")
     with raises(SystemExit):
-        command(model, tmp_path / "in.csv", tmp_path / "one.jsonl", "--text_columns", "text")
+        command(model, tmp_path / "in.csv", tmp_path / "one.jsonl", "--text_columns", "text", *more)
     assert (
         "`--text_columns` must name 2: the model was trained on title and text. Got text." in capsys.readouterr().err
     )
     pd.DataFrame(rows)[["text"]].to_csv(tmp_path / "in.csv", index=False)
     with raises(SystemExit):
-        command(model, tmp_path / "in.csv", tmp_path / "none.jsonl")
+        command(model, tmp_path / "in.csv", tmp_path / "none.jsonl", *more)
     assert "`--text_columns` must name columns out of ['text']. Got 'title'." in capsys.readouterr().err
 
 

@@ -167,15 +167,6 @@ class RowFile:
                     yield dict(zip(kept, cells, strict=True))
 
 
-def trained_columns(model: str | os.PathLike) -> list[str] | None:
-    """The one or two text columns that a model was trained on, where `run.json` of its folder tells them."""
-    try:
-        columns = json.loads(Path(model, "run.json").read_text(encoding="utf-8"))["columns"]["text"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
-    return columns if isinstance(columns, list) and all(isinstance(name, str) for name in columns) else None
-
-
 def find_text_columns(rows: RowFile | Dataset, label_column: str) -> list[str]:
     """
     The columns that seem to hold the texts to classify: one, or two for pairs, told by the first 1,000 rows.

@@ -79,7 +79,6 @@ def render_card(
     flops_speed_up: float | None = None,
     latency_speed_up: float | None = None,
     rows: Mapping[str, int] | None = None,
-    text_columns: Sequence[str] = (),
     label_column: str | None = None,
     max_length: int | None = None,
     baseline: tuple[str, float] | None = None,
@@ -117,7 +116,6 @@ def render_card(
         flops_speed_up (`float`, *optional*): of `chosen`, in FLOPs instead of layers.
         latency_speed_up (`float`, *optional*): of `chosen`, on the clock at batch 1 on `hardware`.
         rows (`dict[str, int]`, *optional*): how many rows were used for what.
-        text_columns (`list[str]`, *optional*): the columns of the texts; two make a model of pairs.
         label_column (`str`, *optional*): the column of the classes.
         max_length (`int`, *optional*): tokens to which a text is cut.
         baseline (`tuple[str, float]`, *optional*): something to compare with: its name and score.
@@ -205,7 +203,7 @@ def render_card(
         chosen_on_speed_up=chosen_on_speed_up,
         target_speed_up=target_speed_up,
         missed=chosen is not None and target_speed_up is not None and not chosen.within(tuple(target_speed_up)),
-        text_columns=list(text_columns),
+        text_columns=config.text_columns or [],
         label_column=label_column,
         max_length=max_length,
         flops_speed_up=flops_speed_up if _measured(flops_speed_up) else None,

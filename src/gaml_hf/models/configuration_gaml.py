@@ -100,6 +100,9 @@ class GamlConfigMixin:
             What leaving early may cost, as `gaml_hf.evaluation.certify` found it. It is dropped, with a warning, where
             this config does not have the policy, the parameter, the temperatures and the exits that were certified,
             and once the model is trained on; it is not saved where they were changed later.
+        text_columns (`list[str]`, *optional*):
+            What the columns of the training texts are called: one, or two for a model of pairs. Where they are told,
+            the pipeline takes rows of as many texts and no others, and `gaml-score` reads these columns by default.
     """
 
     # Of a family's class, beside its `model_type`: `model_type` of the plain checkpoints that it starts from.
@@ -134,6 +137,7 @@ class GamlConfigMixin:
     exit_threshold: float | int | None = None
     exit_temperatures: list[float | int] | None = None
     exit_certificate: dict[str, Any] | None = None
+    text_columns: list[str] | None = None
 
     # So that a Trainer's predictions are the logits alone, as `compute_metrics` of the usual examples expects them.
     # Whoever wants the exits asks with `ignore_keys`, see `ExitMetrics`.
@@ -363,6 +367,12 @@ class GamlConfigMixin:
             raise ValueError(
                 f"`class_weights` must hold one finite number from 0 for each of the {self.num_labels} classes, not "
                 f"all of them 0, or be None. Got `class_weights={weights}`."
+            )
+
+    def validate_text_columns(self):
+        if self.text_columns is not None and len(self.text_columns) not in (1, 2):
+            raise ValueError(
+                f"`text_columns` must name one column, or two for pairs. Got `text_columns={self.text_columns}`."
             )
 
     def validate_task(self):

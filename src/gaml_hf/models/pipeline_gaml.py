@@ -244,7 +244,8 @@ class GamlTextClassificationPipeline(ExitPipelineMixin, TextClassificationPipeli
         name, inputs = numbered_row(inputs)
         error = None
         try:
-            encoding, truncated = self._encode(checked_texts(inputs), **tokenizer_kwargs)
+            texts = checked_texts(inputs, self.model.config.text_columns)
+            encoding, truncated = self._encode(texts, **tokenizer_kwargs)
         except (TypeError, ValueError) as problem:
             error = f"{name}: {problem}"
             if on_error == "raise":
@@ -363,19 +364,21 @@ def _word_from(start: int, encoding: Any) -> int | None:
     return next((i for i in range(start, len(words)) if words[i] not in (words[i - 1], words[-1])), None)
 
 
-def checked_texts(row: Any) -> dict[str, str]:
+def checked_texts(row: Any, columns: Sequence[str] | None) -> dict[str, str]:
     """
     The texts of one row: the one place that says what a row is.
 
     Args:
         row (`str` or `dict`): a text, or `{"text": ..., "text_pair": ...}`, where only `text_pair` may be left out.
+        columns (`list[str]`, *optional*): `text_columns` of the config: a row has as many texts.
 
     Returns:
         `dict[str, str]`: the texts under the names the tokenizer knows.
 
     Raises:
         TypeError: the row is neither, or a text is no `str`.
-        ValueError: a key is missing or unknown; a text is blank or cannot be written as UTF-8.
+        ValueError: a key is missing or unknown; a text is blank or cannot be written as UTF-8; they are too many or
+            too few.
     """
     if isinstance(row, str):
         row = {"text": row}
@@ -384,6 +387,12 @@ def checked_texts(row: Any) -> dict[str, str]:
     if "text" not in row or not row.keys() <= {"text", "text_pair"}:
         raise ValueError(
             f"a dict must have the key `text` and, for a pair, `text_pair`. Got the keys {shown(list(row))}."
+        )
+    if columns is not None and len(row) != len(columns):
+        wanted = 'pairs, {"text": ..., "text_pair": ...}' if len(columns) == 2 else "single texts, with no `text_pair`"
+        raise ValueError(
+            f"a row must be as in the training, of {wanted} ({' and '.join(columns)}). Got {len(row)} of "
+            f"{len(columns)} texts."
         )
     for field, text in row.items():
         if not isinstance(text, str):
