@@ -379,7 +379,11 @@ def main(argv: list[str] | None = None) -> None:
     elif options.experiment == "grid":
         runs = grid(options)
     else:
-        encoder = AutoConfig.from_pretrained(options.backbone)
+        try:
+            encoder = AutoConfig.from_pretrained(options.backbone)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            parser().error(f"`--backbone` must be an encoder's folder, or its name on the Hub. {reason}")
         runs = experiment(options.experiment, options, encoder.num_hidden_layers)
         if encoder.model_type != "bert" and (of_bert := {run.system for run in runs} & BASELINES.keys()):
             print(f"Made of BERT's layers, and left out for {encoder.model_type}: {', '.join(sorted(of_bert))}")

@@ -562,6 +562,13 @@ def test_baselines_of_bert_are_left_out_for_another_encoder(settings, tmp_path, 
     assert "has no run of `--systems pkd`" in capsys.readouterr().err
 
 
+def test_a_backbone_that_is_not_there(settings, tmp_path, capsys):
+    asked = [str(tmp_path / "none") if word == settings.backbone else word for word in words(settings)]
+    with raises(SystemExit):
+        reproduce.main(["table2", *asked, "--dry-run"])
+    assert "`--backbone` must be an encoder's folder, or its name on the Hub. " in capsys.readouterr().err
+
+
 def test_an_unknown_combination(settings):
     with raises(SystemExit):
         reproduce.main(["table3", *words(settings), "--systems", "deebert"])
