@@ -30,6 +30,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", required=True, help="a checkpoint: a folder or a name on the Hub")
+    add("--revision", help="of a model on the Hub: branch, tag or commit (default: the main branch as it is now)")
     add("--input", required=True, help="rows: a csv, tsv, json, jsonl or parquet file")
     add("--output", required=True, help="predictions: a csv, jsonl or parquet file")
     add("--text_columns", nargs="+", help="the one or two text columns (default: as in training, if known, or text)")
@@ -84,12 +85,25 @@ def _terminate(number: int, frame: Any) -> None:
 
 
 def _score(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
-    if (problem := _wrong_options(options) or _wrong_model(options.model, options.onnx)) is not None:
+    try:
+        counts = _scored(parser, options)
+    except Exception as error:  # whatever it is: 1 would say that there are predictions
+        if not isinstance(error, (ValueError, OSError, ImportError)):
+            traceback.print_exc()
+        parser.error(_in_words_of_the_command(str(error) or type(error).__name__, vars(options)))
+    print(f"{counts['rows']} rows, {counts['skipped']} of them skipped; predictions in {options.output}")
+    return int(counts["skipped"] > 0)
+
+
+def _scored(parser: argparse.ArgumentParser, options: argparse.Namespace) -> dict[str, int]:
+    """Write the predictions; how many there are."""
+    problem = _wrong_options(options) or _wrong_model(options.model, options.onnx, options.revision)
+    if problem is not None:
         parser.error(problem)
 
     from gaml_hf.runtime.scoring import ClassifierLoader, score_file
 
-    trained = _trained_columns(options.model)
+    trained = _trained_columns(options.model, options.revision)
     text_columns = options.text_columns or trained or ["text"]
     if trained is not None and len(text_columns) != len(trained):
         parser.error(
@@ -98,6 +112,7 @@ def _score(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
         )
 
     model, device, engine = options.model, options.device, None
+    revision = _commit(model, options.revision)  # one for all processes, whatever is pushed meanwhile
     if options.engine == "ray":
         try:
             from gaml_hf.runtime.ray_scoring import RayEngine
@@ -108,26 +123,19 @@ def _score(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
             model = str(Path(model).absolute())  # an actor has a working folder of its own
         device = device or (None if engine.actor_gpus else "cpu")
     arguments = {name: getattr(options, name) for name in (*EXITS, "max_length")}
-    try:
-        counts = score_file(
-            options.input,
-            options.output,
-            ClassifierLoader(model, options.onnx, device, options.num_threads, options.prepack),
-            text_columns=text_columns,
-            batch_size=options.batch_size,
-            window=options.window,
-            on_error=options.on_error,
-            num_proc=options.num_proc,
-            engine=engine,
-            progress=not options.no_progress,
-            **{name: value for name, value in arguments.items() if value is not None},
-        )
-    except Exception as error:  # whatever it is: 1 would say that there are predictions
-        if not isinstance(error, (ValueError, OSError, ImportError)):
-            traceback.print_exc()
-        parser.error(_in_words_of_the_command(str(error) or type(error).__name__, vars(options)))
-    print(f"{counts['rows']} rows, {counts['skipped']} of them skipped; predictions in {options.output}")
-    return int(counts["skipped"] > 0)
+    return score_file(
+        options.input,
+        options.output,
+        ClassifierLoader(model, options.onnx, device, options.num_threads, options.prepack, revision),
+        text_columns=text_columns,
+        batch_size=options.batch_size,
+        window=options.window,
+        on_error=options.on_error,
+        num_proc=options.num_proc,
+        engine=engine,
+        progress=not options.no_progress,
+        **{name: value for name, value in arguments.items() if value is not None},
+    )
 
 
 def _wrong_options(options: argparse.Namespace) -> str | None:
@@ -153,10 +161,12 @@ def _is_export(folder: str | Path) -> bool:
     return Path(folder, "embeddings.onnx").is_file()
 
 
-def _wrong_model(model: str, is_export: bool) -> str | None:
+def _wrong_model(model: str, is_export: bool, revision: str | None) -> str | None:
     """What is wrong with the name of a model, as far as its config, which is all that is fetched here, can tell."""
     folder, needed = Path(model), "a checkpoint folder" + ("" if is_export else ", or a checkpoint's name on the Hub")
     if folder.is_dir():
+        if revision is not None:
+            return f"`--revision` is of a model on the Hub. Got `{revision}` for the folder `{model}`."
         if not is_export and _is_export(folder):
             return f"`--model` is an export to ONNX. Got `{model}` without `--onnx`."
         if (folder / "config.json").is_file():
@@ -167,27 +177,32 @@ def _wrong_model(model: str, is_export: bool) -> str | None:
         return f"`--model` must be {needed}. Got `{model}`, {state}."
 
     try:
-        _config(model)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        _config(model, revision)
+    except Exception as error:  # also of the network's library
+        reason = " ".join(str(error).split())
         return f"`--model` must be {needed}. Got `{model}`, no folder here; and from the Hub: {reason}"
     return None
 
 
-def _config(model: str) -> Path:
+def _config(model: str, revision: str | None) -> Path:
     """The config of a model in a folder, or on the Hub and then in its cache."""
     if (folder := Path(model)).is_dir():
         return folder / "config.json"
 
     from huggingface_hub import hf_hub_download
 
-    return Path(hf_hub_download(model, "config.json"))
+    return Path(hf_hub_download(model, "config.json", revision=revision))
 
 
-def _trained_columns(model: str) -> list[str] | None:
+def _commit(model: str, revision: str | None) -> str | None:
+    """The commit that a model on the Hub is loaded from; None of a folder."""
+    return None if Path(model).is_dir() else _config(model, revision).parent.name
+
+
+def _trained_columns(model: str, revision: str | None) -> list[str] | None:
     """`text_columns` of the config. None of one that is broken, too: loading it says what is wrong."""
     try:
-        columns = json.loads(_config(model).read_text(encoding="utf-8")).get("text_columns")
+        columns = json.loads(_config(model, revision).read_text(encoding="utf-8")).get("text_columns")
     except (AttributeError, ValueError):
         return None
     return columns if isinstance(columns, list) and all(isinstance(name, str) for name in columns) else None

@@ -7,12 +7,14 @@ It stands outside the package because `import gaml_hf` takes seconds: `--help` a
 import argparse
 import logging
 import os
+import signal
 import socket
 import sys
 import threading
 from collections.abc import Sequence
+from typing import Any
 
-from gaml_score import EXITS, _in_words_of_the_command, _is_export, _wrong_model
+from gaml_score import EXITS, _commit, _in_words_of_the_command, _is_export, _wrong_model
 
 
 TOKEN_VARIABLE = "GAML_ADMIN_TOKEN"
@@ -56,6 +58,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", required=True, help="a checkpoint, or an export to ONNX: a folder, or a checkpoint's Hub name")
+    add("--revision", help="of a model on the Hub: branch, tag or commit (default: the main branch as it is now)")
     add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 is all of them (default: %(default)s)")
     add("--port", type=int, default=8080, help="port to listen at; 0 is a free one (default: %(default)s)")
     add("--device", help='"cpu", "cuda:0", ... (default: a GPU where there is one)')
@@ -81,8 +84,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns 0 after a drain; argparse leaves with 2 where the server could not start."""
     parser = make_parser()
     options = parser.parse_args(argv)
+    if threading.current_thread() is not threading.main_thread():  # where no signal can be caught
+        return _serve(parser, options)
+    # Until the server has its own: the first process of a container is not ended by a signal that it does not catch.
+    before = {number: signal.signal(number, _leave) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        return _serve(parser, options)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _leave(number: int, frame: Any) -> None:
+    os._exit(0)  # nothing is in flight; and out of an import that runs, an exception might not come
+
+
+def _serve(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     is_export = _is_export(options.model)
-    if (problem := _wrong_options(options, is_export) or _wrong_model(options.model, is_export)) is not None:
+    problem = _wrong_options(options, is_export) or _wrong_model(options.model, is_export, options.revision)
+    if problem is not None:
         parser.error(problem)
     try:
         import uvicorn
@@ -103,8 +123,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = ServerSettings(**{name: getattr(options, name) for name in names})
     except ValueError as error:
         parser.error(_in_words_of_the_command(str(error), vars(options)))
-    load = ClassifierLoader(options.model, is_export, device, options.num_threads, prepack)
-    app = make_app(load, settings, name=options.model, admin_token=options.admin_token)
+    revision = _commit(options.model, options.revision)
+    load = ClassifierLoader(options.model, is_export, device, options.num_threads, prepack, revision)
+    app = make_app(load, settings, name=options.model, admin_token=options.admin_token and options.admin_token.strip())
     config = {"host": options.host, "port": options.port, "access_log": False, "timeout_keep_alive": KEEP_ALIVE}
     server = DrainingServer(uvicorn.Config(app, **config))
     server.run()
@@ -125,8 +146,8 @@ def _wrong_options(options: argparse.Namespace, is_export: bool) -> str | None:
         return f"`--port` must be between 0 and 65535. Got `--port {options.port}`."
     if options.num_threads is not None and options.num_threads < 1:
         return f"`--num_threads` must be at least 1. Got `--num_threads {options.num_threads}`."
-    if options.admin_token is not None and not options.admin_token.strip():
-        return "`--admin_token` must hold more than blanks."
+    if (token := options.admin_token) is not None and (not token.strip() or not token.strip().isascii()):
+        return "`--admin_token` must hold characters of ASCII, and more than blanks."
     return None
 
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -547,6 +548,23 @@ def test_the_next_save_takes_away_what_a_killed_one_left(model, tokenizer, folde
     assert list(folder.glob(".saving-*")) == [written]
     alive.communicate("")
     assert list(folder.glob(".saving-*")) == []
+
+
+@mark.skipif(os.name == "nt", reason="no locks on folders there")
+def test_what_another_machine_left_goes_after_a_day(model, tokenizer, folder):
+    """A container's name is gone with it."""
+    days = {".saving-elsewhere-1": 2, ".saving-elsewhere-2": 0.5, ".saving-new-3": 2}
+    for name, age in days.items():
+        (folder / name).mkdir()
+        (folder / name / "model.safetensors").write_bytes(b"half")
+        for path in (folder / name / "model.safetensors", folder / name):
+            os.utime(path, (time.time() - age * 86_400,) * 2)
+    written = folder / ".saving-elsewhere-4"  # for days, in one file
+    written.mkdir()
+    (written / "out.csv").write_bytes(b"half")
+    os.utime(written, (time.time() - 2 * 86_400,) * 2)
+    save_checkpoint(model, tokenizer, folder)
+    assert sorted(path.name for path in folder.glob(".saving-*")) == [".saving-elsewhere-2", written.name]
 
 
 def test_a_save_without_a_tokenizer(model, tmp_path):

@@ -1,12 +1,14 @@
 """Many rows: the plain pipeline's answers in the order of the rows, whatever the file, the window and the bad rows."""
 
 import csv
+import errno
 import inspect
 import itertools
 import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -415,6 +417,39 @@ def test_every_option_tells_its_default():
             assert "(default: %(default)s)" in action.help
 
 
+def test_the_command_line_scores_with_the_revision_that_is_asked_for(folder, hub_server, tmp_path, capsys):
+    source, words = write(tmp_path / "in.csv", TEXTS[:3]), ("--no_progress",)
+    first = push_checkpoint(folder, "me/mine").oid
+    old = [command("me/mine", source, tmp_path / "old.jsonl", *words), read(tmp_path / "old.jsonl")]
+    model = GamlBertForSequenceClassification.from_pretrained(folder)
+    model.config.id2label = {0: "a", 1: "b", 2: "c"}
+    model.config.label2id = {"a": 0, "b": 1, "c": 2}
+    model.save_pretrained(folder)
+    push_checkpoint(folder, "me/mine")
+    assert command("me/mine", source, tmp_path / "new.jsonl", *words) == 0
+    assert {prediction["label"] for prediction in read(tmp_path / "new.jsonl")} <= {"a", "b", "c"}
+    again = command("me/mine", source, tmp_path / "again.jsonl", "--revision", first, "--num_proc", "1", *words)
+    assert [again, read(tmp_path / "again.jsonl")] == old
+    for name, revision, message in (
+        (folder, first, f"`--revision` is of a model on the Hub. Got `{first}` for the folder"),
+        ("me/mine", "nowhere", "no folder here; and from the Hub: 404 Client Error"),
+    ):
+        with raises(SystemExit):
+            command(name, source, tmp_path / "out.jsonl", "--revision", revision)
+        assert message in capsys.readouterr().err
+
+
+@mark.parametrize("words", ["--input {0}.csv", "--model {0}", "--input in.csv --output {0}.csv"])
+def test_whatever_keeps_the_predictions_from_being_written_ends_with_2(folder, tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "in.csv", TEXTS[:3])
+    given = {"--model": str(folder), "--input": "in.csv", "--output": "out.csv"}
+    long = iter(words.format("x" * 300).split())
+    with raises(SystemExit) as left:
+        main([word for pair in (given | dict(zip(long, long, strict=True))).items() for word in pair])
+    assert left.value.code == 2
+
+
 WRONG_MODELS = {
     "/no/where": "no folder here; and from the Hub: Repo id must ",
     "out/modle": "no folder here; and from the Hub: ",
@@ -643,25 +678,11 @@ def test_who_writes_over_the_checkpoint_does_not_change_the_answers(folder):
             "text\ncafé".encode("latin-1"),
             "could not be read, .*in.csv: 'utf-8' codec can't decode byte 0xe9",
         ),
-        (
-            "in.csv",
-            b"id,text\n1,good\n2,bad,more,x\n",
-            "could not be read, .*in.csv: line 3 has 4 cells, the first line 2",
-        ),
         ("in.csv", b'id,text\n1,"good\n2,bad\n', "could not be read, .*unexpected end of data, .* in quotes"),
-        ("in.csv", b"id,text\n1\n", "could not be read, .*in.csv: line 2 has 1 cells, the first line 2"),
+        ("in.csv", b'id,text\n1,"good\n2,"bad\n3,fine\n', "could not be read, .*expected after .*end of line 3"),
+        ("in.csv", b'id,text\n1,"good\n2",bad,x\n', "could not be read, .*line 3 has 4 cells, the first line 2"),
         ("in.csv", b"text,text\n1,2\n", "could not be read, .*in.csv: the first line names the column 'text' twice"),
-        ("in.jsonl", b'{"text": "good"}\n{"text": \n', "`source` could not be read"),
-        (
-            "in.jsonl",
-            b'{"text": "good"}\n["bad"]\n',
-            r"could not be read, .*line 2 must be an object .* Got \['bad'\]",
-        ),
-        (
-            "in.json",
-            b'[{"text": "good"}, "bad"]',
-            "could not be read, .*row 1 of its list must be an object .* Got 'bad'",
-        ),
+        ("in.jsonl", b'7\n{"text": \n', "could not be read, .*line 1 must be an object of cells by column. Got 7"),
         ("in.json", b'{\n"text": {"0": "good"}}', "could not be read, .*line 1 is no JSON: .* an object in each line"),
         (
             "in.json",
@@ -683,17 +704,80 @@ def test_a_file_that_cannot_be_read(load, tmp_path, name, content, message, num_
     assert not (tmp_path / "out.csv").exists()
 
 
-def test_a_target_that_cannot_be_written_is_told_before_the_first_row(tmp_path):
+@mark.parametrize(
+    ("name", "content", "bad", "message"),
+    [
+        ("in.csv", b"id,text\n1,good\n2,bad,more,x\n3,fine\n", 1, "line 3 has 4 cells, the first line 2"),
+        ("in.csv", b"id,text\n1\n2,good\n3,fine\n", 0, "line 2 has 1 cells, the first line 2"),
+        (
+            "in.csv",
+            b'id,text\n1,good\n2,"bad" film\n3,fine\n',
+            1,
+            "',' expected after '\"', before the end of line 3; ",
+        ),
+        ("in.jsonl", b'{"text": "good"}\n{"te\n{"text": "fine"}\n', 1, "line 2 is no JSON: Invalid control character"),
+        ("in.jsonl", b'"bad"\n{"text": "good"}\n{"text": "fine"}', 0, "line 1 must be an object of cells by column"),
+        ("in.json", b'[{"text": "good"}, {"text": "fine"}, "bad"]', 2, "row 2 of its list must be an object"),
+    ],
+)
+def test_a_line_that_is_no_row_costs_itself_alone(load, classifier, tmp_path, name, content, bad, message):
+    (tmp_path / name).write_bytes(content)
+    counts = score_file(tmp_path / name, tmp_path / "out.jsonl", load, progress=False)
+    assert counts == {"rows": 3, "skipped": 1}
+    predictions = read(tmp_path / "out.jsonl")
+    error = predictions.pop(bad)
+    assert error["row"] == bad
+    assert error["error"].startswith(message)
+    answers = one_by_one(classifier, ["good", "fine"])
+    assert [prediction["label"] for prediction in predictions] == [answer["label"] for answer in answers]
+    assert [prediction["score"] for prediction in predictions] == approx([answer["score"] for answer in answers])
+    with raises(ValueError, match=f"^Row {bad}: {re.escape(message)}"):
+        score_file(tmp_path / name, tmp_path / "out.jsonl", load, progress=False, on_error="raise")
+
+
+def test_a_list_without_rows(load, tmp_path):
+    (tmp_path / "in.json").write_text("[]")
+    counts = score_file(tmp_path / "in.json", tmp_path / "out.csv", load, progress=False)
+    assert counts == {"rows": 0, "skipped": 0}
+    assert read(tmp_path / "out.csv") == []
+
+
+def test_a_target_stays_what_it_was_but_for_its_rows(load, tmp_path, monkeypatch):
+    source, real, link = write(tmp_path / "in.csv", TEXTS), tmp_path / "real.csv", tmp_path / "link.csv"
+    real.write_text("old")
+    real.chmod(0o600)
+    link.symlink_to(real)
+    score_file(source, link, load, progress=False)
+    assert link.is_symlink()
+    assert len(read(real)) == len(TEXTS)
+    assert real.stat().st_mode & 0o777 == 0o600
+
+    def busy(*paths):
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    real.write_text("old")
+    monkeypatch.setattr(scoring.os, "replace", busy)  # as where the file is a mount
+    score_file(source, real, load, progress=False)
+    assert len(read(real)) == len(TEXTS)
+    assert list(tmp_path.glob(".*")) == []
+
+
+def test_a_target_that_cannot_be_written_is_told_before_the_first_row(tmp_path, monkeypatch):
     def load():
         raise AssertionError("the model was loaded")
 
     source = write(tmp_path / "in.csv", TEXTS)
     (tmp_path / "folder.csv").mkdir()
-    for target in (tmp_path / "none" / "out.csv", tmp_path / "folder.csv"):
+    os.mkfifo(tmp_path / "pipe.csv")
+    for target in (tmp_path / "none" / "out.csv", tmp_path / "folder.csv", tmp_path / "pipe.csv"):
         with raises(ValueError, match="`target` must be a file in a folder that is there. Got "):
             score_file(source, target, load)
     with raises(ValueError, match="`target` must not be `source`, whose rows it would replace"):
         score_file(str(source), tmp_path / "folder.csv" / ".." / "in.csv", load)
+    (tmp_path / "kept.csv").touch()
+    monkeypatch.setattr(scoring.os, "access", lambda *_: False)  # to root, every mode is writable
+    with raises(ValueError, match="`target` must be a file that may be written over. Got "):
+        score_file(source, tmp_path / "kept.csv", load)
     for arguments in ((None, "out.csv"), (source, 7)):
         with raises(TypeError, match="must be the path of a file. Got "):
             score_file(*arguments, load)
@@ -727,13 +811,14 @@ def test_a_stream_without_the_column(load, tmp_path, num_proc):
 def test_cells_of_any_kind_in_any_row(load, classifier, tmp_path, num_proc):
     """A bad row is that row's error in one process as in two, and other columns are nobody's business."""
     rows = [{"text": "good", "other": 1} if i % 2 else {"text": "bad", "other": "x"} for i in range(9)]
-    rows[3], rows[4], rows[8] = {"text": 7}, {"other": []}, {"text": "bad \ud800"}
+    rows[3], rows[4], rows[6], rows[8] = {"text": 7}, {"other": []}, "good", {"text": "bad \ud800"}
     (tmp_path / "in.json").write_text(json.dumps(rows))
     counts = score_file(
         tmp_path / "in.json", tmp_path / "out.jsonl", load, num_proc=num_proc, window=2, progress=False
     )
-    assert counts == {"rows": 9, "skipped": 3}
+    assert counts == {"rows": 9, "skipped": 4}
     predictions = read(tmp_path / "out.jsonl")
+    assert predictions[6]["error"] == "row 6 of its list must be an object of cells by column. Got 'good'"
     assert predictions[3]["error"] == "`text` must be a `str`. Got 7 (int)."
     assert "Got None" in predictions[4]["error"]
     assert "Unicode" in predictions[8]["error"]

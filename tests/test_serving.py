@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import gzip
 import json
 import os
 import random
@@ -25,6 +26,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from pytest import approx, fixture, mark, raises
 from transformers import BertTokenizer
 
+import gaml_hf.runtime.serving
 import gaml_serve
 from benchmarks import serving as benchmark
 from conftest import WORDS as VOCABULARY
@@ -32,6 +34,7 @@ from conftest import sharpen
 from gaml_hf import PAPER_LETTER, GamlBertConfig, GamlBertForSequenceClassification, GamlTextClassificationPipeline
 from gaml_hf.evaluation import ExitCertificate
 from gaml_hf.models.configuration_gaml import CERTIFIED_FIELDS
+from gaml_hf.runtime import batching
 from gaml_hf.runtime.batching import Item, MicroBatcher, take_batch
 from gaml_hf.runtime.ort import export_onnx
 from gaml_hf.runtime.scoring import ClassifierLoader
@@ -233,6 +236,29 @@ def test_what_comes_while_the_model_is_busy_runs_together():
     assert answers[:2] + answers[3:] == [2, 4, 8, 10]
     assert isinstance(answers[2], asyncio.CancelledError)
     assert dropped == 1
+
+
+def test_who_gives_up_while_a_batch_takes_for_ever_leaves_nothing_in_the_queue(monkeypatch):
+    monkeypatch.setattr(batching, "MANY", 4)
+    release, lengths = threading.Event(), []
+
+    def run(batch, waiting):
+        release.wait(10)
+        return [item.value for item in batch]
+
+    async def submit(batcher):
+        first, last = batcher.submit(0, 4), batcher.submit(1, 4)
+        await asyncio.sleep(0.01)
+        for value in range(40):
+            batcher.submit(value, 4).cancel()
+            lengths.append(len(batcher.queue))
+        release.set()
+        return await asyncio.gather(first, last)
+
+    answers, dropped = batched(run, submit)
+    assert answers == [0, 1]
+    assert dropped == 40
+    assert max(lengths) <= 5
 
 
 def test_what_may_wait_runs_when_nothing_else_does():
@@ -585,6 +611,7 @@ DEEP = "[" * 100_000
         ('{"inputs": ' + "9" * 5000 + "}", JSON, 422, "validation"),
         ("", JSON, 422, "validation"),
         ('{"inputs": "a"}', {"content-type": "text/plain"}, 415, "unsupported_media_type"),
+        (gzip.compress(b'{"inputs": "a"}'), JSON | {"content-encoding": "gzip"}, 415, "unsupported_media_type"),
         ('{"inputs": "' + "a" * 200_000 + '"}', JSON, 413, "too_large"),
         (json.dumps({"inputs": [["a"]] * 33}), JSON, 413, "too_large"),
     ],
@@ -614,9 +641,11 @@ def test_a_body_without_a_length_is_not_read_beyond_the_limit(classifier):
 
 
 def test_other_routes_refuse_in_the_same_words(classifier):
-    nowhere, get, docs, schema, info = ask(
-        classifier, *(("GET", path, {}) for path in ("/x", "/predict", "/docs", "/openapi.json", "/info"))
+    paths = ("/x", "/predict", "/docs", "/openapi.json", "/info")
+    slash, nowhere, get, docs, schema, info = ask(
+        classifier, ("POST", "/predict/", {"json": {"inputs": "good"}}), *(("GET", path, {}) for path in paths)
     )
+    assert (slash.status_code, slash.json()["error_type"]) == (404, "not_found")  # no redirect, to http perhaps
     assert (nowhere.status_code, nowhere.json()["error_type"]) == (404, "not_found")
     assert (get.status_code, get.json()["error_type"]) == (405, "method_not_allowed")
     assert docs.status_code == 200
@@ -626,6 +655,29 @@ def test_other_routes_refuse_in_the_same_words(classifier):
         read_query(example["value"])
     assert info.json()["exit_layers"] == [1, 2, 3, 4]
     assert info.json()["model_id"] == "tiny"
+    assert info.json()["text_columns"] is None
+
+
+def test_a_model_of_pairs_is_asked_for_pairs(classifier):
+    body = {"inputs": [["good", "bad"], ["good"]], "parameters": {"on_error": "skip"}}
+    classifier.model.config.text_columns = ["one", "two"]
+    try:
+        one, pair, both, info = ask(
+            classifier,
+            *(
+                ("POST", "/predict", {"json": json})
+                for json in ({"inputs": "good"}, {"inputs": ["good", "bad"]}, body)
+            ),
+            ("GET", "/info", {}),
+        )
+    finally:
+        classifier.model.config.text_columns = None
+    assert one.status_code == 422
+    assert "must be as in the training, of pairs" in one.json()["error"]
+    assert pair.status_code == both.status_code == 200
+    assert "of pairs" in both.json()[1][0]["error"]
+    assert both.json()[0] == close(pair.json())
+    assert info.json()["text_columns"] == ["one", "two"]
 
 
 class Slow:
@@ -697,6 +749,28 @@ def test_not_ready_overloaded_late_and_draining(classifier, monkeypatch):
     assert in_flight == 0
     for outcome, count in {"ok": 3, "timeout": 1, "overloaded": 1, "draining": 1, "unhealthy": 1}.items():
         assert metric(told, "gaml_requests_total", outcome=outcome) == count
+
+
+def test_a_model_that_hangs_is_unwell(classifier, monkeypatch):
+    slow = Slow(classifier, monkeypatch)
+    slow.gate.set()
+
+    async def hang():
+        async with serving(lambda: classifier, timeout_ms=300) as client:
+            slow.gate.clear()
+            late = [(await client.post("/predict", json={"inputs": "good"})).status_code for _ in range(2)]
+            unwell, told = await client.get("/health"), (await client.get("/metrics")).text
+            slow.gate.set()
+            while client.service._began is not None:
+                await asyncio.sleep(0.001)
+            return late, unwell, told, await client.get("/health")
+
+    late, unwell, told, well = asyncio.run(hang())
+    assert late == [504, 504]
+    assert unwell.status_code == 503
+    assert "The model has been at one batch for " in unwell.json()["error"]
+    assert metric(told, "gaml_queue_rows") == 0  # nobody waits any more
+    assert well.status_code == 200
 
 
 def test_a_client_that_left_costs_nothing_more(classifier, monkeypatch):
@@ -847,6 +921,8 @@ def test_knobs_change_under_load_and_no_request_fails(classifier):
         ({"slo_ms": 1e308}, "`slo_ms` must be a number above 0 and up to 86,400,000"),
         ({"slo_ms": 10**400}, "`slo_ms` must be a number above 0 and up to 86,400,000"),
         ({"slo_ms": 100, "min_exit": 9}, "`min_exit` must be one of the exits of this model"),
+        ({"slo_ms": 100, "min_exit": True}, "`min_exit` must be the layer of an exit. Got `min_exit=True`"),
+        ({"slo_ms": 100, "min_exit": 3.0}, "`min_exit` must be the layer of an exit. Got `min_exit=3.0`"),
         ({"shadow_fraction": 1.5}, "`shadow_fraction` must be a number in [0, 1]"),
         ({"min_exit": 2}, "`min_exit` is read with `slo_ms` alone"),
         ({"max_batch_tokens": 0}, "`max_batch_tokens` must be a whole number"),
@@ -1059,6 +1135,31 @@ def test_a_server_that_still_loads_its_model_ends_in_the_regular_way(folder):
         assert process.wait(60) == 0, "".join(lines)
 
 
+@mark.skipif(os.name == "nt", reason="no SIGTERM there")
+@mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_the_command_still_imports(number):
+    """To the first process of a container, one that nobody catches would be as if it had not come."""
+    code = f"""
+import os, gaml_serve
+gaml_serve._wrong_options = lambda *_: os.kill(os.getpid(), {int(number)})
+gaml_serve.main(["--model", "x"])
+print("still here")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_token_with_the_end_of_its_line(folder, monkeypatch):
+    """As a file of a secret has it, and no header can."""
+
+    def stop(*_, admin_token: str, **__):
+        raise ValueError(admin_token)
+
+    monkeypatch.setattr(gaml_hf.runtime.serving, "make_app", stop)
+    with raises(ValueError, match="^s3cret$"):
+        gaml_serve.main(["--model", str(folder), "--port", "0", "--admin_token", "s3cret\n"])
+
+
 def test_options_and_settings_have_one_default():
     options = vars(gaml_serve.make_parser().parse_args(["--model", "x"]))
     for field in dataclasses.fields(ServerSettings):
@@ -1079,7 +1180,9 @@ def test_options_and_settings_have_one_default():
             "up to 86,400,000, of milliseconds. Got `--slo_ms=-1.0`.",
         ),
         (["--min_exit", "2"], "`--min_exit` is read with `--slo_ms` alone."),
-        (["--admin_token", " "], "`--admin_token` must hold more than blanks"),
+        (["--admin_token", " "], "`--admin_token` must hold characters of ASCII, and more than blanks"),
+        (["--admin_token", "é"], "`--admin_token` must hold characters of ASCII, and more than blanks"),
+        (["--revision", "main"], "`--revision` is of a model on the Hub. Got `main` for the folder"),
     ],
 )
 def test_wrong_options(options, message, folder, capsys):

@@ -56,6 +56,9 @@ class RowFile:
         path (`str` or `os.PathLike`): the file of exactly this name, whatever characters it has; no pattern, no URL.
         argument (`str`): what the caller calls `path`, for errors.
         columns (`list[str]`, *optional*): what to read. Defaults to all columns.
+        tells_bad_rows (`bool`, *optional*, defaults to `False`):
+            Whether a line that is no row, but leaves no doubt where the next begins, is read as a `ValueError` that
+            says what is wrong with it, in the place of its row. Else it ends the reading.
 
     Attributes:
         column_names (`list[str]`): all columns of the file; of JSON, those of its first 1,000 rows.
@@ -64,8 +67,15 @@ class RowFile:
         ValueError: the file is missing, empty, of another kind or cannot be read; the last also while it is read.
     """
 
-    def __init__(self, path: str | os.PathLike, argument: str, columns: Sequence[str] | None = None):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        argument: str,
+        columns: Sequence[str] | None = None,
+        tells_bad_rows: bool = False,
+    ):
         self.path, self.argument, self.columns = Path(path), argument, columns
+        self.tells_bad_rows = tells_bad_rows
         if self.path.suffix.lower() not in SUFFIXES:
             raise ValueError(f"`{argument}` must end in {', '.join(SUFFIXES)}. Got `{path}`.")
         if not self.path.is_file():
@@ -78,9 +88,12 @@ class RowFile:
         with self._reading():
             self.column_names: list[str] = next(self._read(names=True))
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[dict[str, Any] | ValueError]:
         with self._reading():
-            yield from self._read()
+            for row in self._read():
+                if isinstance(row, ValueError) and not self.tells_bad_rows:
+                    raise row
+                yield row
 
     @property
     def features(self) -> dict[str, Any]:
@@ -117,20 +130,32 @@ class RowFile:
             file.seek(0)
             rows = csv.reader(file, delimiter=delimiters[headers.index(header)], strict=True)
             kept = {name: i for i, name in enumerate(header) if self.columns is None or name in self.columns}
-            try:
-                next(filter(None, rows))
-                for row in filter(None, rows):  # a blank line is no row
+            next(filter(None, rows))
+            while True:
+                error, before = None, rows.line_num
+                try:
+                    if not (row := next(rows)):  # a blank line is no row
+                        continue
                     if len(row) != len(header):
-                        raise ValueError(f"line {rows.line_num} has {len(row)} cells, the first line {len(header)}")
-                    yield {name: row[i] for name, i in kept.items()}
-            except csv.Error as error:
-                hint = "a text that holds a quote, a separator or a new line must stand in quotes, its quotes doubled"
-                raise ValueError(f"{error}, before the end of line {rows.line_num}; {hint}") from error
+                        error = f"line {rows.line_num} has {len(row)} cells, the first line {len(header)}"
+                except StopIteration:
+                    return
+                except csv.Error as problem:
+                    hint = (
+                        "a text that holds a quote, a separator or a new line must stand in quotes, its quotes doubled"
+                    )
+                    error = f"{problem}, before the end of line {rows.line_num}; {hint}"
+                if error is not None and rows.line_num > before + 1:  # a quote too many may have made one of them
+                    raise ValueError(error)
+                yield {name: row[i] for name, i in kept.items()} if error is None else ValueError(error)
 
     def _json(self, names: bool = False, of_all: bool = False) -> Iterator:
         if names:
-            rows = islice(self._json(of_all=True), SAMPLE)
-            yield list(dict.fromkeys(name for row in rows for name in row))
+            rows = list(islice(self._json(of_all=True), SAMPLE))
+            good = [row for row in rows if isinstance(row, dict)]
+            if rows and (not good or not self.tells_bad_rows) and len(good) < len(rows):
+                raise next(row for row in rows if isinstance(row, ValueError))
+            yield list(dict.fromkeys(name for row in good for name in row))
             return
         with self.path.open(encoding="utf-8-sig") as file:
             is_list = next((line for line in file if line.strip()), "").lstrip().startswith("[")
@@ -145,13 +170,15 @@ class RowFile:
                     row = row if is_list else json.loads(row)
                 except ValueError as error:
                     hint = "an object in each line, or one list of objects, is what can be read"
-                    raise ValueError(f"{where} is no JSON: {error}; {hint}") from error
+                    yield ValueError(f"{where} is no JSON: {error}; {hint}")
+                    continue
                 columns = isinstance(row, dict) and list(row.values())
                 if not is_list and columns and all(isinstance(cells, dict) for cells in columns):
                     # pandas' `to_json` without `orient="records"`
                     raise ValueError(f"{where} is an object of whole columns; one object for each row can be read")
                 if not isinstance(row, dict):
-                    raise ValueError(f"{where} must be an object of cells by column. Got {shown(row)}")
+                    yield ValueError(f"{where} must be an object of cells by column. Got {shown(row)}")
+                    continue
                 kept = row if of_all or self.columns is None else self.columns
                 yield {name: row[name] for name in kept if name in row}
 

@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import shutil
+import time
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ except ImportError:  # Windows, where a folder cannot be locked
 
 logger = logging.get_logger(__name__)
 
+DAY = 86_400  # seconds
 SEAL = "checksums.json"  # written last: `{"files": {name: SHA-256}}`
 STATE = re.compile(r"optimizer\.pt|scheduler\.pt|scaler\.pt|rng_state(_\d+)?\.pth")  # what only a resume reads
 
@@ -42,10 +44,12 @@ def staging_folder(beside: Path) -> Iterator[Path]:
     """
     A new hidden folder in `beside`, to be renamed when it is whole; what is left of it at the end is deleted.
 
-    So are those of killed saves, which could not clean up after themselves: their names tell this machine, and nobody
-    holds them open with a lock, which a process of another container does as well.
+    So are those of killed saves, which could not clean up after themselves: nobody holds them with a lock, as even
+    a process of another container does. Locks of another machine may not be seen: what its name tells to be of one, or
+    of a container that is gone, is left until nothing was written there for a day.
     """
-    for path in beside.glob(f".saving-{glob.escape(platform.node())}-*"):
+    own = set(beside.glob(f".saving-{glob.escape(platform.node())}-*"))
+    for path in own | {path for path in beside.glob(".saving-*") if _age(path) > DAY}:
         if (lock := _lock(path)) is not None:
             shutil.rmtree(path, ignore_errors=True)
             os.close(lock)
@@ -62,6 +66,14 @@ def staging_folder(beside: Path) -> Iterator[Path]:
             shutil.rmtree(path, ignore_errors=True)
         if lock is not None:
             os.close(lock)
+
+
+def _age(folder: Path) -> float:
+    """Seconds since anything was written in a folder; 0 where it, or something in it, is gone meanwhile."""
+    try:
+        return time.time() - max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
+    except OSError:
+        return 0.0
 
 
 def _lock(folder: Path) -> int | None:

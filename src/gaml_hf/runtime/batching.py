@@ -13,6 +13,7 @@ from typing import Any
 
 
 FREE_PADDING = 512  # tokens with padding up to which a batch may hold any lengths: so few cost about the same
+MANY = 1024  # items in a queue from which on it is looked through for those that nobody wants any more
 LATER_SHARE = 16  # what runs when nothing else waits runs in batches this many times smaller, for the next may come
 
 
@@ -85,6 +86,7 @@ class MicroBatcher:
         self.run, self.thread, self.max_tokens, self.dropped = run, thread, max_tokens, dropped
         self.queue: deque[Item] = deque()
         self.later: deque[Item] = deque()  # what runs when nothing else waits
+        self._many = MANY
         self._filled = asyncio.Event()
 
     def submit(self, value: Any, tokens: int, kind: Hashable = None, *, later: bool = False) -> asyncio.Future:
@@ -92,6 +94,9 @@ class MicroBatcher:
         The answer to come. Cancelled before the item's turn, the item costs nothing more. With `later` its turn comes
         when nothing else waits.
         """
+        if len(self.queue) >= self._many:  # whatever runs may take for ever, while others give up and more come
+            self._drop_cancelled()
+            self._many = max(MANY, 2 * len(self.queue))
         item = Item(value, tokens, kind, asyncio.get_running_loop().create_future())
         (self.later if later else self.queue).append(item)
         self._filled.set()
@@ -113,10 +118,14 @@ class MicroBatcher:
         except StopIteration as error:  # which no future takes: the batch, and all after it, would wait for ever
             raise RuntimeError("A batch ended in StopIteration.") from error
 
-    async def _run_once(self) -> None:
+    def _drop_cancelled(self) -> deque[Item]:
         wanted = deque(item for item in self.queue if not item.future.done())
         self.dropped(len(self.queue) - len(wanted))
         self.queue = wanted
+        return wanted
+
+    async def _run_once(self) -> None:
+        wanted = self._drop_cancelled()
         if not wanted and not self.later:
             self._filled.clear()
             return

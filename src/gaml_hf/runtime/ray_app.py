@@ -14,6 +14,8 @@ from fastapi import FastAPI
 from pydantic import Field, create_model
 from ray import serve
 
+from gaml_score import _commit
+
 from .ort import is_export as is_onnx_export
 from .scoring import ClassifierLoader
 from .serving import LIVE, Refusal, ServerSettings, make_app
@@ -68,6 +70,7 @@ Arguments = create_model(
     "Arguments",
     __config__={"extra": "forbid", "protected_namespaces": ()},
     model=(str, ...),
+    revision=(str | None, None),
     device=(str | None, None),
     num_threads=(int | None, Field(None, ge=1)),
     prepack=(bool, True),
@@ -84,9 +87,9 @@ def app(arguments: Arguments) -> serve.Application:
 
     Args:
         arguments (`Arguments`):
-            `model`, a folder that all machines see, or a name on the Hub; `device`, `num_threads` and `prepack`, as of
-            `gaml-serve`; `num_replicas`, and `num_cpus` (also the threads, where `num_threads` is left out) and
-            `num_gpus` of each; and the knobs, [`ServerSettings`].
+            `model`, a folder that all machines see, or a name on the Hub, and `revision` of that; `device`,
+            `num_threads` and `prepack`, as of `gaml-serve`; `num_replicas`, and `num_cpus` (also the threads, where
+            `num_threads` is left out) and `num_gpus` of each; and the knobs, [`ServerSettings`].
 
     Raises:
         ValueError: one of them is unknown, of another kind, or out of range.
@@ -98,12 +101,15 @@ def app(arguments: Arguments) -> serve.Application:
     is_export = is_folder and is_onnx_export(model)
     device = arguments.device or ("cuda" if arguments.num_gpus and not is_export else "cpu")
     prepack = arguments.prepack and device == "cpu" and not is_export
+    revision = _commit(
+        model, arguments.revision
+    )  # one for all replicas, those to come too, whatever is pushed meanwhile
     return Classifier.options(
         num_replicas=arguments.num_replicas,
         ray_actor_options={"num_cpus": arguments.num_cpus, "num_gpus": arguments.num_gpus},
         # The replica itself refuses what is too much for it, and says so; Ray would let it wait.
         max_ongoing_requests=2 * settings.max_concurrent_requests,
-    ).bind(ClassifierLoader(model, is_export, device, arguments.num_threads, prepack), settings)
+    ).bind(ClassifierLoader(model, is_export, device, arguments.num_threads, prepack, revision), settings)
 
 
 __all__ = ["app"]

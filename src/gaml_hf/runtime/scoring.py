@@ -15,6 +15,7 @@ import errno
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -137,7 +138,7 @@ def _score_window(
         if isinstance(row, Mapping):
             inputs[i] = {name: row.get(column) for name, column in zip(TEXTS, text_columns, strict=False)}
         else:
-            error = f"a row must be a dict of columns. Got {shown(row)}."
+            error = str(row) if isinstance(row, ValueError) else f"a row must be a dict of columns. Got {shown(row)}."
             predictions[i] = dict.fromkeys(SCHEMA.names) | {"row": start + i, "error": error}
             tell(1)
     # Characters stand in for tokens, which would cost a second pass of the tokenizer.
@@ -172,7 +173,8 @@ def score_file(
     Score a file or a dataset, and write the predictions to a file.
 
     `target` appears when it is complete: it is written in a hidden folder `.saving-...` beside it, and then moved. The
-    folder that a killed run has left, the next run beside it takes away.
+    folder that a killed run has left, the next run beside it takes away, of another machine once it is a day old. A
+    line of a file that is no row, broken JSON say, is a bad row as others are, where the next line is surely another.
 
     Args:
         source (`str`, `os.PathLike`, `datasets.Dataset` or `datasets.IterableDataset`):
@@ -206,13 +208,16 @@ def score_file(
     if target.suffix not in (".csv", ".jsonl", ".parquet"):
         raise ValueError(f"`target` must end in .csv, .jsonl or .parquet. Got `{target}`.")
     # What would come out after the last row, or take the rows away.
-    if target.is_dir() or not target.parent.is_dir():
+    target = target.resolve()  # of a link, what it leads to is written
+    if (target.exists() and not target.is_file()) or not target.parent.is_dir():
         raise ValueError(f"`target` must be a file in a folder that is there. Got `{target}`.")
+    if target.exists() and not os.access(target, os.W_OK):
+        raise ValueError(f"`target` must be a file that may be written over. Got `{target}`.")
     if is_file and target.exists() and source.exists() and target.samefile(source):
         raise ValueError(f"`target` must not be `source`, whose rows it would replace. Got `{target}` for both.")
     counts = {"rows": 0, "skipped": 0}
-    rows = RowFile(source, "source", text_columns) if is_file else source
-    _check_columns(text_columns, rows.column_names)
+    rows = RowFile(source, "source", text_columns, tells_bad_rows=True) if is_file else source
+    _check_columns(text_columns, rows.column_names or None)  # none at all: of a list without rows
     with _writer(target) as write:
         total = len(rows) if isinstance(rows, Dataset) else None
         settings = (text_columns, batch_size, window, on_error, arguments)
@@ -307,7 +312,12 @@ def _writer(target: Path) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
             raise OSError(f"`target` could not be written, for want of room. Got `{target}`: {error}") from error
-        os.replace(temporary, target)
+        if target.exists():
+            shutil.copymode(target, temporary)
+        try:
+            os.replace(temporary, target)
+        except OSError:  # a file that is a mount, as of a container: it cannot be replaced, but written
+            shutil.copyfile(temporary, target)
 
 
 @contextlib.contextmanager
@@ -349,6 +359,7 @@ class ClassifierLoader(NamedTuple):
     device: str | None
     num_threads: int | None
     prepack: bool = False
+    revision: str | None = None  # of a model on the Hub
 
     def __call__(self) -> GamlTextClassificationPipeline:
         """
@@ -380,7 +391,7 @@ class ClassifierLoader(NamedTuple):
         if self.onnx:
             model = GamlOrtModelForSequenceClassification.from_pretrained(self.model)
         else:
-            model = GamlAutoModelForSequenceClassification.from_pretrained(self.model)
+            model = GamlAutoModelForSequenceClassification.from_pretrained(self.model, revision=self.revision)
             if model.exits_are_new:
                 raise ValueError(
                     f"`model` must be a checkpoint with exits. Got `{self.model}`, a plain one: its exits would be "
@@ -399,6 +410,6 @@ class ClassifierLoader(NamedTuple):
                 f"`model` must be an export with its tokenizer. Got `{self.model}`, without `tokenizer_config.json`: "
                 "export again with `export_onnx(..., tokenizer=tokenizer)`, or save the tokenizer into the folder."
             )
-        tokenizer = AutoTokenizer.from_pretrained(self.model, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(self.model, revision=self.revision, trust_remote_code=False)
         device = "cpu" if self.onnx or self.prepack else self.device
         return GamlTextClassificationPipeline(model=model, tokenizer=tokenizer, device=device)

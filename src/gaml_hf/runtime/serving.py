@@ -99,6 +99,8 @@ class ServerSettings:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ValueError(f"`{name}` must be a whole number of at least 1. Got `{name}={shown(value)}`.")
+        if self.min_exit is not None and type(self.min_exit) is not int:
+            raise ValueError(f"`min_exit` must be the layer of an exit. Got `min_exit={shown(self.min_exit)}`.")
         for name in ("slo_ms", "timeout_ms"):
             value = getattr(self, name)
             if value is None and name == "slo_ms":
@@ -267,6 +269,7 @@ class Service:
         self.is_draining = False
         self.is_ready = False  # whether any forward pass has worked
         self.is_healthy = False  # whether the last one has
+        self._began: float | None = None  # when the forward pass that runs did, of `time.perf_counter`
         self.failure: Exception | None = None  # why the model could not be loaded
         self._model_thread = ThreadPoolExecutor(1, "model")
         self._tokenizer_thread = ThreadPoolExecutor(1, "tokenizer")
@@ -278,7 +281,7 @@ class Service:
         """From the start to the end of the application. It answers at once; it is ready when the model is."""
         self.batcher = MicroBatcher(self._run, self._model_thread, self._max_tokens, self.metrics.dropped_rows.inc)
         self.metrics.in_flight.set_function(lambda: self.in_flight)
-        self.metrics.queue_rows.set_function(lambda: len(self.batcher.queue))
+        self.metrics.queue_rows.set_function(lambda: sum(not item.future.done() for item in self.batcher.queue))
         self.loading, self._batching = asyncio.create_task(self._load()), asyncio.create_task(self.batcher.work())
         tasks = [self.loading, self._batching]
         try:
@@ -355,9 +358,12 @@ class Service:
             raise self._not_ready()
         if self._batching.done():
             raise Refusal(503, "unhealthy", f"The batcher has ended: {self._batching.exception()!r}")
+        limit = self.settings.timeout_ms / 1e3
+        if (began := self._began) is not None and (seconds := time.perf_counter() - began) > limit:
+            raise Refusal(503, "unhealthy", f"The model has been at one batch for {seconds:.3g} s: it hangs.")
         if not self.is_healthy:
             try:
-                await asyncio.wait_for(self._probe(), self.settings.timeout_ms / 1e3)
+                await asyncio.wait_for(self._probe(), limit)
             except Exception as error:
                 raise Refusal(
                     503, "unhealthy", f"The model does not answer: {error or type(error).__name__}"
@@ -522,11 +528,14 @@ class Service:
                 capped = Capped(policy, exit_cap.position + 1)
                 forward = {**forward, "exit_policy": capped}
         try:
+            self._began = time.perf_counter()
             inputs = pad_collate_fn(classifier.tokenizer, None)([item.value[0] for item in batch])
             outputs = classifier.forward(inputs, **forward)
         except Exception:
             self.is_healthy = False
             raise
+        finally:
+            self._began = None
         self.is_healthy = bool(torch.isfinite(outputs["logits"]).all())
         seconds = time.perf_counter() - started
         if exit_cap is not None:
@@ -605,6 +614,8 @@ async def read_json(request: Request, limit: int) -> Any:
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise Refusal(415, "unsupported_media_type", f"The body must be `application/json`. Got {shown(kind)}.")
+    if (coding := request.headers.get("content-encoding", "identity").strip().lower()) != "identity":
+        raise Refusal(415, "unsupported_media_type", f"The body must not be compressed. Got {shown(coding)}.")
     too_large = Refusal(413, "too_large", f"The body may hold {limit} bytes at most.")
     length = request.headers.get("content-length", "")
     if length.isdecimal() and (len(length) > 18 or int(length) > limit):
@@ -721,7 +732,7 @@ REQUEST = {
 }
 ERRORS = {
     413: "Too many rows, or too many bytes.",
-    415: "The body is not `application/json`.",
+    415: "The body is not `application/json`, or compressed.",
     422: "What the pipeline refuses; the row is named.",
     429: "Too many requests at a time.",
     503: "Not ready, or shutting down.",
@@ -755,7 +766,8 @@ def make_app(
         async with service.running():
             yield
 
-    app = FastAPI(title="gaml-serve", version=version("gaml_hf"), lifespan=lifespan)
+    # Without redirects: that of `/predict/` would name the host and the scheme that the client's proxy speaks to.
+    app = FastAPI(title="gaml-serve", version=version("gaml_hf"), lifespan=lifespan, redirect_slashes=False)
     app.state.service = service
     errors = {status: {"description": text} for status, text in ERRORS.items()}
 
@@ -834,6 +846,7 @@ def _info(service: Service) -> dict[str, Any]:
         "architecture": config.model_type,
         "exit_layers": config.exit_layers,
         "max_input_length": service.classifier.max_length,
+        "text_columns": config.text_columns,
         "exit_cap": service.exit_cap_now,
         "certificate": None if service.certificate is None else service.certificate.promise(),
         "settings": dataclasses.asdict(service.settings),
