@@ -154,7 +154,6 @@ class Answer(Measured):
     """What a trained model answered under one policy, and how fast."""
 
     speed_up: float
-    correct: np.ndarray  # (num_rows,)
     parameter: float | None
     exit_layer: np.ndarray | None = None  # (num_rows,)
 
@@ -204,7 +203,6 @@ def answer(result: dict[str, Any], exit_strategy: str, target: tuple[float, floa
         without=left_out(predictions, labels["validation"], main),
         labels=labels["validation"],
         speed_up=speed_up,
-        correct=predictions == labels["validation"],
         parameter=parameter,
         exit_layer=exit_layer,
     )
@@ -292,7 +290,11 @@ class Difference:
     p: float
 
     def __str__(self) -> str:
-        return f"{self.mean:+.1f} [{self.low:+.1f}, {self.high:+.1f}], p={self.p:.3f}"
+        return f"{self.mean:+.1f} [{self.low:+.1f}, {self.high:+.1f}], {p_value(self.p)}"
+
+
+def p_value(p: float) -> str:
+    return "p<0.001" if p < 0.0005 else f"p={p:.3f}"
 
 
 def paired_difference(ours: Sequence[Measured], theirs: Sequence[Measured]) -> Difference | None:
@@ -341,16 +343,6 @@ def check_rows(ours: Measured, theirs: Measured) -> None:
     """Rows that are not in one order are refused: no row of one has its like."""
     if not np.array_equal(ours.labels, theirs.labels):
         raise ValueError("Two runs hold their validation rows in different orders: no row of one has its like.")
-
-
-def mcnemar(ours: Answer, theirs: Answer) -> float:
-    """Exact p value of McNemar's test: do two models err on the same rows equally often?"""
-    check_rows(ours, theirs)
-    only_ours = int((ours.correct & ~theirs.correct).sum())
-    only_theirs = int((~ours.correct & theirs.correct).sum())
-    if only_ours + only_theirs == 0:
-        return 1.0
-    return float(stats.binomtest(only_ours, only_ours + only_theirs).pvalue)
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
@@ -437,7 +429,7 @@ def table1(results: Results) -> str:
 
 def table2(results: Results, main: str = "gaml-soft") -> str:
     """All systems at a speed-up of about two, and what full depth and the exits give."""
-    blocks, differences = [], {}
+    blocks, compared = [], {}
     answers = answers_of(results)
     for task in tasks_of(results):
         rows = []
@@ -465,25 +457,42 @@ def table2(results: Results, main: str = "gaml-soft") -> str:
             ours = answers.get((task, main, "patience"), {})
             seeds = sorted(ours.keys() & found.keys())
             if system != main and len(seeds) > 1:
-                test = paired_difference([ours[s] for s in seeds], [found[s] for s in seeds])
-                p = float(np.median([mcnemar(ours[s], found[s]) for s in seeds]))
-                differences[task, name, policy] = (test, p, len(seeds))
+                compared[task, name, policy] = [(ours[s], found[s]) for s in seeds]
         header = ["system", "policy", "score", "speed-up", "last exit", "mean over exits", "paper (BERT-base)"]
         blocks.append(f"### {task} ({get_task(task).main_metric} x 100)\n\n" + table(header, rows))
-    if differences:
-        blocks.append("### GA-soft against each, same seeds\n\n" + difference_table(differences))
+    if compared:
+        blocks.append("### GA-soft against each, same seeds\n\n" + difference_table(compared))
     return "\n".join(blocks)
 
 
-def difference_table(differences: Mapping[tuple[str, str, str], tuple[Difference, float, int]]) -> str:
-    """Adjusted over tasks for each rival; `*` where that p value is below 0.05."""
-    rows = []
-    for name, policy in dict.fromkeys((name, policy) for _, name, policy in differences):
-        adjusted = holm({t: d.p for (t, n, q), (d, _, _) in differences.items() if (n, q) == (name, policy)})
-        for task, p in adjusted.items():
-            test, p_rows, seeds = differences[task, name, policy]
-            rows.append([name, policy, task, seeds, f"{test}{' *' if p < 0.05 else ''}", f"{p:.3f}", f"{p_rows:.3f}"])
-    header = ["against", "policy", "task", "seeds", "difference [95% interval]", "p, Holm", "McNemar, median p"]
+def difference_table(compared: Mapping[tuple[str, str, str], list[tuple[Answer, Answer]]]) -> str:
+    """
+    The main system less each other, over the seeds in which both came out at the wanted speed: else it is speeds that
+    would be compared. p values are adjusted for all rows of the table; `*` where that is below 0.05.
+    """
+    fair = {
+        key: [pair for pair in pairs if all(a.in_target or a.parameter is None for a in pair)]
+        for key, pairs in compared.items()
+    }
+    found = {key: paired_difference(*zip(*pairs, strict=True)) for key, pairs in fair.items() if len(pairs) > 1}
+    adjusted, rows = holm({key: difference.p for key, difference in found.items()}), []
+    for key, pairs in compared.items():
+        task, name, policy = key
+        ours, theirs = (np.mean([answer.speed_up for answer in side]) for side in zip(*pairs, strict=True))
+        rows.append([name, policy, task, f"{ours:.2f}x and {theirs:.2f}x", len(fair[key])])
+        if key in found:
+            rows[-1] += [str(found[key]) + " *" * (adjusted[key] < 0.05), p_value(adjusted[key])]
+        else:
+            rows[-1] += ["not at one speed", ""]
+    header = [
+        "against",
+        "policy",
+        "task",
+        "speed-ups, all seeds",
+        "seeds at one speed",
+        "difference [95% interval]",
+        "p, Holm",
+    ]
     return table(header, rows)
 
 

@@ -55,7 +55,7 @@ def test_the_examples_run(tmp_path, bert_kwargs, tokenizer, hub_server):
     environment = os.environ | hub_environment(hub_server, HF_TOKEN="hf_user", HF_HOME=str(tmp_path / "home"))
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     blocks = re.findall(r"^```(python|bash)\n(.*?)^```", (ROOT / "docs" / "examples.md").read_text(), re.M | re.S)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     told = []
     for language, code in blocks:
         done = subprocess.run(
@@ -69,7 +69,7 @@ def test_the_examples_run(tmp_path, bert_kwargs, tokenizer, hub_server):
         assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
         told.append(done.stdout)
 
-    predicted, trained, adapted, chosen, pushed, loaded = told
+    predicted, trained, adapted, chosen, own, pushed, loaded = told
     assert re.search(r"^LABEL_[01] \(0\.\d\d\) after layer [234]: a good film$", predicted, re.M)
     assert predicted.count("'exit_layer': 2") >= 2
     assert "must hold more than blanks" in predicted
@@ -82,6 +82,9 @@ def test_the_examples_run(tmp_path, bert_kwargs, tokenizer, hub_server):
     batch = tokenizer(["the film is good ."], return_tensors="pt") | {"output_exit_logits": True}
     assert_close(merged(**batch).exit_logits, adapters(**batch).exit_logits)
     threshold = float(re.search(r"OperatingPoint\(exit_strategy='entropy', parameter=([\d.]+)", chosen)[1])
+    speed_ups = [float(speed_up) for speed_up in re.findall(r"strategy='margin'.*speed_up=([\d.]+)\)", own)]
+    assert len(speed_ups) == 3
+    assert speed_ups == sorted(speed_ups, reverse=True)
     assert pushed.split()[-1] == hub_server.repo("user/films").branches["main"]
     assert hub_server.repo("user/films-show", "space").private
     assert loaded.split() == ["entropy", str(threshold)]

@@ -187,6 +187,25 @@ def test_a_new_strategy_is_one_class(bert_kwargs, tmp_path, caplog):
     assert len(set(expected)) > 1
 
 
+def test_a_strategy_decides_with_one_bool_for_each_row():
+    class Odd(ExitPolicy):
+        name = "odd"
+
+        def __init__(self, answer):
+            self.answer = answer
+
+        def should_exit(self, exit_logits):
+            return self.answer
+
+    for answer, got in (
+        (torch.zeros(3), r"torch.float32, \(3,\)"),
+        (torch.zeros(3, 1, dtype=torch.bool), r"torch.bool, \(3, 1\)"),
+        (True, "True"),
+    ):
+        with raises(TypeError, match=rf"`Odd.should_exit` must return a bool tensor of shape \(3,\). Got {got}."):
+            Odd(answer)(torch.zeros(3, 1, 2))
+
+
 def test_a_strategy_must_decide():
     class Undecided(ExitPolicy):
         name = "undecided"

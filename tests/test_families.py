@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 
 import torch
 from datasets import Dataset as Table
@@ -24,15 +25,18 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
+    Data2VecTextConfig,
+    Data2VecTextModel,
     GPT2Config,
     Trainer,
     TrainingArguments,
 )
 
 from conftest import WITHOUT_THE_PACKAGE, WORDS
-from gaml_hf import GamlAutoConfig, GamlAutoModelForSequenceClassification, GamlTrainer
+from gaml_hf import GamlAutoConfig, GamlAutoModelForSequenceClassification, GamlTrainer, register_family
 from gaml_hf.evaluation import flops_speed_up
 from gaml_hf.hub import save_checkpoint
+from gaml_hf.models import auto
 from gaml_hf.models.auto import FAMILIES, classes_of, families
 from gaml_hf.models.exiting_gaml import Budgeted, Entropy, MaxProb, Patience
 from gaml_hf.runtime.ort import GamlOrtModelForSequenceClassification, export_onnx
@@ -123,6 +127,62 @@ def texts():
     return texts
 
 
+ELSEWHERE = """
+from typing import ClassVar
+from huggingface_hub.dataclasses import strict
+from transformers import Data2VecTextConfig, Data2VecTextModel, Data2VecTextPreTrainedModel
+from gaml_hf.models.configuration_gaml import GamlConfigMixin
+from gaml_hf.models.exits_gaml import ExitsMixin
+
+@strict
+class OwnConfig(GamlConfigMixin, Data2VecTextConfig):
+    model_type = "own_text"
+    plain_model_types: ClassVar[tuple[str, ...]] = ("data2vec-text",)
+
+    @property
+    def max_input_length(self) -> int:
+        return self.max_position_embeddings - self.pad_token_id - 1
+
+class OwnForSequenceClassification(ExitsMixin, Data2VecTextPreTrainedModel):
+    config_class = OwnConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.data2vec_text = Data2VecTextModel(config, add_pooling_layer=False)
+        self.add_exits()
+"""
+
+
+def test_a_family_of_ones_own(tmp_path, monkeypatch, texts):
+    monkeypatch.setattr(auto, "_REGISTERED", dict(auto._REGISTERED))
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "modeling_own_text.py").write_text(ELSEWHERE)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 48}
+    plain = Data2VecTextModel(Data2VecTextConfig(**sizes, vocab_size=len(WORDS), max_position_embeddings=64))
+    plain.save_pretrained(tmp_path / "plain")
+    load = GamlAutoModelForSequenceClassification.from_pretrained
+    with raises(ValueError, match="docs/families.md says how to add one"):
+        load(tmp_path / "plain")
+    own = import_module("modeling_own_text")
+    with raises(ValueError, match="OwnConfig is not registered: `register_family` does it"):
+        GamlAutoModelForSequenceClassification.from_config(own.OwnConfig(**sizes))
+    register_family(own.OwnConfig, own.OwnForSequenceClassification)
+    assert type(GamlAutoModelForSequenceClassification.from_config(own.OwnConfig(**sizes))) is (
+        own.OwnForSequenceClassification
+    )
+    model = load(tmp_path / "plain", exit_strategy="max_prob", exit_threshold=0.5).eval()
+    spread_weights(model.exit_classifiers)
+    batch = texts(model)
+    live, replayed = model(**batch), model(**batch, output_exit_logits=True)
+    assert_close(live.logits, replayed.logits)
+    assert live.exit_layer.tolist() == replayed.exit_layer.tolist()
+    model.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "modeling_own_text.py").is_file()
+    for again in (load(tmp_path / "saved"), AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")):
+        assert type(again) is own.OwnForSequenceClassification
+        assert_close(again.eval()(**batch).logits, live.logits)
+
+
 def test_every_family_is_here():
     assert {config.model_type for config, _ in families()} == {
         classes_of(family(kind))[0].model_type for kind in SIZES
@@ -202,8 +262,8 @@ def test_saved_and_loaded_again(kind, make, texts, tmp_path):
     model.save_pretrained(tmp_path / "saved")
     batch = texts(model)
     expected = model(**batch)
-    for auto in (AutoModelForSequenceClassification, GamlAutoModelForSequenceClassification):
-        loaded = auto.from_pretrained(tmp_path / "saved").eval()
+    for auto_class in (AutoModelForSequenceClassification, GamlAutoModelForSequenceClassification):
+        loaded = auto_class.from_pretrained(tmp_path / "saved").eval()
         assert type(loaded) is type(model)
         assert all(weight.equal(model.state_dict()[name]) for name, weight in loaded.state_dict().items())
         output = loaded(**batch)

@@ -200,17 +200,27 @@ def measured(score: float, without: float | list[float] | None = None, rows: int
     return reports.Measured(score, np.array(without), np.zeros(rows))
 
 
-def answer_with(correct: list[bool]) -> reports.Answer:
-    zeros = np.zeros(len(correct))
-    return reports.Answer(0.0, zeros, zeros, speed_up=1.0, correct=np.array(correct), parameter=None)
+def test_differences_are_of_one_speed():
+    def at(speed_up: float, score: float, parameter: float | None = 1.0) -> reports.Answer:
+        same = measured(score)
+        return reports.Answer(score, same.without, same.labels, speed_up=speed_up, parameter=parameter)
 
-
-def test_mcnemar_by_hand():
-    ours = answer_with([True] * 8 + [False] * 2 + [True] * 5)
-    theirs = answer_with([False] * 8 + [True] * 2 + [True] * 5)
-    # Two-sided binomial, 2 or fewer of 10: 2 * (1 + 10 + 45) / 2^10
-    assert reports.mcnemar(ours, theirs) == approx(112 / 1024)
-    assert reports.mcnemar(ours, ours) == 1.0
+    ours = [at(2.0, 80.0), at(2.0, 81.0), at(2.0, 82.0)]
+    told = reports.difference_table(
+        {
+            ("cola", "slow", "entropy"): list(zip(ours, [at(1.5, 90.0), at(1.6, 90.0), at(1.9, 90.0)], strict=True)),
+            ("cola", "fair", "entropy"): list(zip(ours, [at(1.9, 79.0), at(1.9, 80.0), at(1.5, 20.0)], strict=True)),
+            ("cola", "static", "none"): list(zip(ours, [at(1.0, s, None) for s in (80.1, 81.2, 81.9)], strict=True)),
+        }
+    )
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in told.splitlines()[2:]]
+    assert lines[0] == ["slow", "entropy", "cola", "2.00x and 1.67x", "1", "not at one speed", ""]
+    # One point with both seeds: no doubt at all, twice as little for the two rows that are compared.
+    assert lines[1] == ["fair", "entropy", "cola", "2.00x and 1.77x", "2", "+1.0 [+1.0, +1.0], p<0.001 *", "p<0.001"]
+    t = stats.ttest_rel([80, 81, 82], [80.1, 81.2, 81.9])
+    assert lines[2][:5] == ["static", "none", "cola", "2.00x and 1.00x", "3"]
+    assert lines[2][5].endswith(f"p={t.pvalue:.3f}")
+    assert lines[2][6] == f"p={t.pvalue:.3f}"  # the larger of two
 
 
 def test_a_difference_over_seeds_by_hand():
@@ -291,7 +301,6 @@ def test_the_policy_is_chosen_on_the_rows_set_aside():
     assert not answer.in_target
     answer = reports.answer(result_with(rising, rising, [1, 1]), "patience")
     assert (answer.speed_up, answer.score, answer.in_target) == (2.0, 50.0, True)
-    assert answer.correct.tolist() == [True, False]
     assert reports.answer(result_with(rising, rising, [1, 0]), "none").speed_up == 1.0
 
 
@@ -299,9 +308,8 @@ def test_rows_in_two_orders_are_not_compared():
     one, other = (
         reports.answer(result_with([[1] * 4] * 2, [[1] * 4] * 2, labels), "none") for labels in ([1, 0], [0, 1])
     )
-    for compare in (reports.mcnemar, lambda *two: reports.paired_difference(*([answer] * 2 for answer in two))):
-        with raises(ValueError, match="hold their validation rows in different orders"):
-            compare(one, other)
+    with raises(ValueError, match="hold their validation rows in different orders"):
+        reports.paired_difference([one] * 2, [other] * 2)
 
 
 def rows_left_out(result: dict) -> list[dict]:
@@ -395,7 +403,7 @@ def test_what_leaving_early_costs_by_hand(monkeypatch):
             *("multi-exit", *kind),
             "-3.0 [-15.7, +9.7], p=0.205",  # its last exit
             "-9.5 [-15.9, -3.1], p=0.033",  # plain: -10 and -9
-            "+1.0 [+1.0, +1.0], p=0.000",
+            "+1.0 [+1.0, +1.0], p<0.001",
             "",
             "-6.5 [-25.6, +12.6], p=0.144",  # its last exit, less plain: -8 and -5
         ],
@@ -405,7 +413,7 @@ def test_what_leaving_early_costs_by_hand(monkeypatch):
             "-8.0 [-20.7, +4.7], p=0.079",
             "+2.5 [-3.9, +8.9], p=0.126",
             "+1.5 [-4.9, +7.9], p=0.205",
-            "-7.0 [-7.0, -7.0], p=0.000",
+            "-7.0 [-7.0, -7.0], p<0.001",
         ],
     ]
 

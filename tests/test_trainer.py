@@ -1,7 +1,9 @@
 """GamlTrainer in one process; in several, see `test_distributed.py`."""
 
 import itertools
+import json
 import math
+import re
 from functools import cache
 
 import torch
@@ -18,6 +20,7 @@ from gaml_hf import PAPER_LETTER, GamlBertConfig, GamlBertForSequenceClassificat
 from gaml_hf.evaluation import ExitMetrics
 from gaml_hf.models import exits_base_gaml
 from gaml_hf.training.alignment import RELATIVE_FLOOR
+from gaml_hf.training.exit_trainer import BASE_CONFIG
 from reference import alignment_reference, ce_loss_reference, kd_loss_reference
 
 
@@ -521,6 +524,77 @@ def bert(tmp_path):
     return tmp_path / "bert"
 
 
+def test_a_temperature_that_has_grown_is_of_one_training(tmp_path):
+    model = make_model(ga_mode="none", kd_temperature=0.01, kd_temperature_growth=1.25)
+    trainer, seen = make_trainer(tmp_path, model), []
+
+    class See(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            seen.append(model.config.kd_temperature)
+
+    trainer.add_callback(See())
+    trainer.train()
+    trainer.train()
+    assert seen == approx([0.01, 0.0125, 0.015625] * 2)
+    with raises(KeyboardInterrupt):  # and of one that did not come to its end
+        _interrupt(trainer, at=2)
+    trainer.train()
+    assert seen[-3:] == approx([0.01, 0.0125, 0.015625])
+
+
+def _interrupt(trainer, at):
+    class Interrupt(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == at:
+                raise KeyboardInterrupt
+
+    trainer.add_callback(Interrupt)
+    try:
+        trainer.train()
+    finally:
+        trainer.remove_callback(Interrupt)
+
+
+@mark.parametrize(
+    ("field", "then", "now"),
+    [
+        ("exit_pooling", "cls", "mean"),
+        ("exit_norm", "none", "layer"),
+        ("exit_pooler", "none", "per_exit"),
+        ("exit_layers", [2, 3], [1, 3]),
+    ],
+)
+def test_a_resume_with_exits_that_read_something_else(tmp_path, field, then, now):
+    make_trainer(tmp_path, make_model(**{field: then}), save_strategy="steps", save_steps=2).train()
+    other = make_trainer(tmp_path, make_model(**{field: now}))
+    with raises(
+        ValueError, match=f"`{field}` must be as in the checkpoint .* where it is {re.escape(str(then))}. Got"
+    ):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_a_resume_with_another_loss_is_told(tmp_path, caplog):
+    make_trainer(tmp_path, make_model(ga_mode="soft"), save_strategy="steps", save_steps=2).train()
+    checkpoint = str(tmp_path / "checkpoint-2")
+    make_trainer(tmp_path, make_model(ga_mode="soft")).train(resume_from_checkpoint=checkpoint)
+    assert "with another loss" not in caplog.text
+    make_trainer(tmp_path, make_model(ga_mode="none", alpha=0.75)).train(resume_from_checkpoint=checkpoint)
+    assert f"with another loss: `alpha` 0.75 (there {ALPHA}), `ga_mode` none (there soft)." in caplog.text
+
+
+def test_an_alignment_of_nothing_is_told(tmp_path, caplog):
+    make_trainer(tmp_path, make_model(ga_mode="soft", distillation="none")).train()
+    assert "`ga_mode='soft'` aligns nothing: no exit teaches another (`distillation='none'`)." in caplog.text
+
+
+def test_padding_on_the_left_is_told_before_the_model_sees_it(tmp_path):
+    """Which, on a GPU or compiled, would not look."""
+    trainer = make_trainer(tmp_path, make_model())
+    trainer.train_dataset.attention_mask[3, 0] = 0
+    with raises(ValueError, match="Row . of a batch of the train dataset starts with padding"):
+        trainer.train()
+
+
 def from_bert(bert, **changes):
     torch.manual_seed(11)
     return GamlBertForSequenceClassification.from_pretrained(bert, num_labels=3, **changes)
@@ -586,12 +660,18 @@ def test_adapters_go_on_as_if_never_interrupted(tmp_path, bert, name):
         model = {"model": adapted()} if name == "model" else {"model": None, "more": {"model_init": adapted}}
         return make_trainer(tmp_path / "out", **model, save_strategy="steps", save_steps=1)
 
+    def temperature(step: int) -> float:
+        return json.loads((tmp_path / "out" / f"checkpoint-{step}" / BASE_CONFIG).read_text())["kd_temperature"]
+
     whole = trainer()
     whole.train()
-    assert whole.bare_model.config.kd_temperature == approx(0.01 * 1.25**3)  # sharp enough to be sure in every step
+    grown = temperature(3)
+    assert grown == approx(0.01 * 1.25**3)  # sharp enough to be sure in every step
+    assert whole.bare_model.config.kd_temperature == 0.01  # another training begins where this one did
     resumed = trainer()
     resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
-    assert resumed.bare_model.config.kd_temperature == whole.bare_model.config.kd_temperature
+    assert temperature(3) == grown
+    assert resumed.bare_model.config.kd_temperature == 0.01
     for name, weight in weights_of(whole.model).items():
         assert weights_of(resumed.model)[name].equal(weight)
     with raises(ValueError, match="`exit_learning_rate_multiplier` must be as in the checkpoint .*Got 3"):

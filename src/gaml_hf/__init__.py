@@ -2,15 +2,13 @@
 
 from importlib.metadata import version
 
-import transformers
-from transformers import AutoConfig, AutoModel
-
 from .models.auto import (
     IMAGE_FAMILIES,
     GamlAutoConfig,
     GamlAutoModelForImageClassification,
     GamlAutoModelForSequenceClassification,
     families,
+    register_family,
 )
 from .models.configuration_gaml import PAPER_LETTER
 from .models.exiting_gaml import ExitPolicy, policy_from_config
@@ -27,12 +25,7 @@ __version__ = version("gaml_hf")
 
 # The pipeline is not registered: the config names it (`custom_pipelines`); "text-classification" stays everybody's.
 for config_class, model_class in (*families(), *families(IMAGE_FAMILIES)):
-    AutoConfig.register(config_class.model_type, config_class)
-    AutoModel.register(config_class, model_class)
-    getattr(transformers, config_class.auto_class).register(config_class, model_class)
-    # Makes every save carry the code.
-    config_class.register_for_auto_class()
-    model_class.register_for_auto_class(config_class.auto_class)
+    register_family(config_class, model_class)
 
 __all__ = [
     "PAPER_LETTER",
@@ -52,4 +45,5 @@ __all__ = [
     "alignment_coefficient",
     "cos_angle",
     "policy_from_config",
+    "register_family",
 ]

@@ -100,7 +100,8 @@ def check_dataset(
 
 class CheckedCollator:
     """
-    A collator that checks the labels of each batch, before they are on a GPU, where a bad one ends in a crash.
+    A collator that checks each batch before it is on a GPU, where a bad label ends in a crash, and padding on the left
+    in wrong answers.
 
     Args:
         collator (`Callable`): makes a batch out of a list of rows.
@@ -134,6 +135,13 @@ class CheckedCollator:
                     f"Row {at} of a batch of the {self.split} dataset, `labels`, {_label_rule(self.num_labels)}. "
                     f"Got {labels.flatten()[at].item()!r} in a tensor of shape {tuple(labels.shape)}, {labels.dtype}."
                 )
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        if isinstance(mask, Tensor) and mask.dim() == 2 and not mask[:, :1].all():
+            row = int((mask[:, 0] == 0).nonzero()[0])
+            raise ValueError(
+                f"Row {row} of a batch of the {self.split} dataset starts with padding, where its text must begin. "
+                'Pad on the right: `padding_side="right"` of the tokenizer.'
+            )
         return batch
 
     def _find_bad_row(self, rows: list[Any]) -> None:

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedModel
+import transformers
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from .configuration_gaml import where_from
 
@@ -27,6 +28,28 @@ FAMILIES = {
 IMAGE_FAMILIES = {"modeling_gaml_resnet": "GamlResNet"}
 
 
+_REGISTERED: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {}  # by `model_type`
+
+
+def register_family(config_class: type[PreTrainedConfig], model_class: type[PreTrainedModel]) -> None:
+    """
+    Make a family known to the `GamlAuto` classes and to the Auto classes of Transformers, for as long as the process
+    runs: one that this package has, or one of your own.
+
+    Args:
+        config_class (`type`): a [`GamlConfigMixin`] with a `model_type` of its own.
+        model_class (`type`): its model, [`ExitsMixin`].
+    """
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    AutoModel.register(config_class, model_class, exist_ok=True)
+    getattr(transformers, config_class.auto_class).register(config_class, model_class, exist_ok=True)
+    _REGISTERED[config_class.model_type] = config_class, model_class
+    # Makes every save carry the code, under the name by which the config calls it.
+    if config_class.__module__.rpartition(".")[2] == f"modeling_{config_class.model_type}":
+        config_class.register_for_auto_class()
+        model_class.register_for_auto_class(config_class.auto_class)
+
+
 def families(
     names: Mapping[str, str] = FAMILIES,
 ) -> list[tuple[type[PreTrainedConfig], type[PreTrainedModel]]]:
@@ -41,15 +64,14 @@ def families(
 
 def classes_of(model_type: str | None) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]] | None:
     """The classes with exits for checkpoints of this `model_type`, plain or ours; `None` where there are none."""
-    for config_class, model_class in (*families(), *families(IMAGE_FAMILIES)):
+    for config_class, model_class in _REGISTERED.values():
         if model_type in (*config_class.plain_model_types, config_class.model_type):
             return config_class, model_class
     return None
 
 
 def _plain_types() -> list[str]:
-    classes = (*families(), *families(IMAGE_FAMILIES))
-    return sorted(kind for config_class, _ in classes for kind in config_class.plain_model_types)
+    return sorted(kind for config_class, _ in _REGISTERED.values() for kind in config_class.plain_model_types)
 
 
 def _classes_for(name: Any, kwargs: Mapping[str, Any]) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
@@ -118,8 +140,9 @@ class GamlAutoModelForSequenceClassification:
         """A model with random weights."""
         if not hasattr(config, "exit_layers"):
             raise ValueError(f"`config` must be a configuration with exits. Got {type(config).__name__}.")
-        _, model_class = classes_of(type(config).model_type)
-        return model_class(config)
+        if (classes := classes_of(type(config).model_type)) is None:
+            raise ValueError(f"{type(config).__name__} is not registered: `register_family` does it.")
+        return classes[1](config)
 
 
 class GamlAutoModelForImageClassification(GamlAutoModelForSequenceClassification):
@@ -128,4 +151,9 @@ class GamlAutoModelForImageClassification(GamlAutoModelForSequenceClassification
     auto_class = "AutoModelForImageClassification"
 
 
-__all__ = ["GamlAutoConfig", "GamlAutoModelForImageClassification", "GamlAutoModelForSequenceClassification"]
+__all__ = [
+    "GamlAutoConfig",
+    "GamlAutoModelForImageClassification",
+    "GamlAutoModelForSequenceClassification",
+    "register_family",
+]

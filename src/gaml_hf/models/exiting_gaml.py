@@ -56,7 +56,8 @@ class ExitPolicy:
                 Logits of the exits run so far, shallowest first; the last one has just been computed.
 
         Returns:
-            `torch.BoolTensor` of shape `(batch_size,)`: `True` where the row leaves with the last exit's answer.
+            `torch.BoolTensor` of shape `(batch_size,)`: `True` where the row leaves with the last exit's answer. A
+            row is decided by its own logits alone: live, its neighbours are not those of a replay.
         """
         raise TypeError(f"{type(self).__name__} must implement `should_exit`.")
 
@@ -92,7 +93,14 @@ class ExitPolicy:
     def __call__(self, exit_logits: Tensor) -> Tensor:
         # Every comparison with NaN is False: without this a row with broken logits would run on to the last exit.
         broken = ~torch.isfinite(exit_logits[:, -1]).all(dim=-1)
-        return self.should_exit(exit_logits) | broken
+        decided = self.should_exit(exit_logits)
+        if not isinstance(decided, Tensor) or decided.dtype != torch.bool or decided.shape != broken.shape:
+            got = f"{decided.dtype}, {tuple(decided.shape)}" if isinstance(decided, Tensor) else shown(decided)
+            raise TypeError(
+                f"`{type(self).__name__}.should_exit` must return a bool tensor of shape {tuple(broken.shape)}. "
+                f"Got {got}."
+            )
+        return decided | broken
 
     def replay(self, exit_logits: Tensor) -> Tensor:
         """

@@ -29,6 +29,21 @@ OTHER_LOSSES = (
     '`ga_mode="none"`, make the loss of `outputs.exit_logits`.'
 )
 BASE_CONFIG = "base_config.json"  # beside adapters; a `config.json` would have Transformers look for a whole model
+# Of a config, by what another value does to a training that goes on: the exits would read something else; the loss is
+# another one.
+EXIT_READS = ("exit_layers", "exit_pooling", "exit_pooler", "exit_norm")
+LOSS_FIELDS = (
+    "exit_loss_weights",
+    "class_weights",
+    "distillation",
+    "kd_reduction",
+    "kd_temperature_growth",
+    "alpha",
+    "ga_mode",
+    "ga_granularity",
+    "stop_gradient_between_exits",
+    "mixed_training",
+)
 EXIT_PARAMETER = re.compile(r"(^|\.)exit_(classifiers|poolers)\.")  # its name, also where PEFT has wrapped it
 
 
@@ -49,13 +64,15 @@ class ExitTrainer(RobustTrainer):
         ValueError: at construction, or when training starts, where the model has no exits, where `compute_loss_func`
             would leave exits or `class_weights` out, where `label_smoothing_factor` does not lie in [0, 1], or where
             exits are new and frozen, see [`~ExitsMixin.exit_modules`]. When a training is resumed with another
-            `exit_learning_rate_multiplier`. In the first step, where a `compute_loss` of a subclass leaves exits out.
+            `exit_learning_rate_multiplier`, or with exits that read something else; another loss is a warning. In the
+            first step, where a `compute_loss` of a subclass leaves exits out.
         FloatingPointError: when training starts, where the encoder gives numbers that are not finite.
     """
 
     aligns = False  # whether steps are aligned; see [`GamlTrainer`]
 
     def __init__(self, *args, **kwargs):
+        self._given_temperature: float | None = None  # `kd_temperature`, while it grows in a training
         super().__init__(*args, **kwargs)
         self.label_smoother = None  # it would take the labels away from the model; `compute_loss` has its own way
         self.add_callback(_ExitSchedule(self))
@@ -151,14 +168,19 @@ class ExitTrainer(RobustTrainer):
 
     def _check_resume(self, checkpoint: Path) -> None:
         """The optimizer's groups, and the learning rate of each, are stored: they cannot be others on a resume."""
-        now = self.model.config.exit_learning_rate_multiplier
-        # A checkpoint that does not say it is of a time when exits learned at the rate of the encoder.
-        then = self._stored_config(checkpoint).get("exit_learning_rate_multiplier", 1.0)
-        if now != then:
-            raise ValueError(
-                f"`exit_learning_rate_multiplier` must be as in the checkpoint to go on from, `{checkpoint}`, where "
-                f"it is {then}. Got {now}."
-            )
+        config = self.model.config
+        # A checkpoint that does not say it is of a time when exits read [CLS] and learned at the rate of the encoder.
+        stored = {"exit_learning_rate_multiplier": 1.0, "exit_pooling": "cls"} | self._stored_config(checkpoint)
+        for name in ("exit_learning_rate_multiplier", *EXIT_READS):
+            if (now := getattr(config, name)) != (then := stored.get(name, now)):
+                raise ValueError(
+                    f"`{name}` must be as in the checkpoint to go on from, `{checkpoint}`, where it is {then}. "
+                    f"Got {now}."
+                )
+        changed = [name for name in LOSS_FIELDS if getattr(config, name) != stored.get(name, getattr(config, name))]
+        if changed:
+            told = ", ".join(f"`{name}` {getattr(config, name)} (there {stored[name]})" for name in changed)
+            logger.warning(f"The training goes on from `{checkpoint}` with another loss: {told}.")
 
     def _stored_config(self, checkpoint: Path) -> dict[str, Any]:
         path = checkpoint / ("config.json" if self.bare_model is self.model else BASE_CONFIG)
@@ -170,6 +192,7 @@ class ExitTrainer(RobustTrainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         config = self.bare_model.config  # of a new model, where there is a `model_init`
         if config.kd_temperature_growth > 1:  # go on from where it had grown to
+            self._given_temperature = config.kd_temperature
             config.kd_temperature = self._stored_config(Path(resume_from_checkpoint))["kd_temperature"]
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -265,8 +288,17 @@ class _ExitSchedule(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs: Any):
         if not any(parameter.requires_grad for parameter in self.trainer.model.parameters()):
             raise ValueError("`model` must have something to train, and all of its parameters are frozen.")
+        config = self.trainer.model.config
+        if config.ga_mode != "none" and not distillation_pairs(config.distillation, config.exit_layers):
+            logger.warning(
+                f"`ga_mode={config.ga_mode!r}` aligns nothing: no exit teaches another "
+                f"(`distillation={config.distillation!r}`)."
+            )
+        if self.trainer._given_temperature is None:
+            self.trainer._given_temperature = config.kd_temperature
+        elif not state.global_step:  # a training before this one did not come to its end
+            config.kd_temperature = self.trainer._given_temperature
         if not state.global_step and self.trainer.bare_model.exits_are_new:
-            config = self.trainer.model.config
             # With mixed training the others start when their time comes, at what the layers tell then.
             self.trainer._start_exits(config.exit_layers[-1:] if config.mixed_training else config.exit_layers)
 
@@ -298,3 +330,6 @@ class _ExitSchedule(TrainerCallback):
                 "trained."
             )
         getattr(self.trainer.model, "new_exit_weights", set()).clear()
+        # Grown, it is in the checkpoints alone, for a resume: another training begins where this one did.
+        self.trainer.model.config.kd_temperature = self.trainer._given_temperature
+        self.trainer._given_temperature = None
