@@ -209,6 +209,20 @@ def test_an_encoder_that_was_a_regressor(common, backbone, files):
     assert config["problem_type"] is None
 
 
+def test_what_changes_nothing_is_told(caplog):
+    def told(*words: str, **fields) -> str:
+        caplog.clear()
+        (arguments,) = script.parse_arguments([*words], (script.GamlArguments,))
+        arguments.warn_of_unused(GamlBertConfig(**fields))
+        return caplog.text
+
+    assert "`ga_granularity` is not used" in told("--ga_granularity", "tensor")
+    assert told("--ga_granularity", "tensor", "--alpha", "0.5", ga_mode="soft") == ""
+    unused = ("--alpha", "0.5", "--kd_temperature", "2")
+    assert "`alpha` and `kd_temperature` are not used: no exit teaches another" in told(*unused, distillation="none")
+    assert told(*unused) == ""
+
+
 def test_a_list_of_pairs_that_is_not_json(common, files):
     words = [*common, *with_files(files, "train"), "--do_train", "--distillation", "[[1,2]"]
     with raises(

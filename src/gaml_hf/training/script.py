@@ -66,6 +66,7 @@ from gaml_hf.hub.folders import training_checkpoints
 from gaml_hf.models.configuration_gaml import PAPER_LETTER, GamlConfigMixin
 from gaml_hf.models.engine_gaml import bfloat16_cost
 from gaml_hf.models.exiting_gaml import EXIT_FIELDS, EXIT_POLICIES, changed_exits, policy_from_config
+from gaml_hf.models.losses_gaml import distillation_pairs
 
 from .trainer import GamlTrainer
 
@@ -267,6 +268,19 @@ class GamlArguments:
             raise ValueError(
                 "`calibrate_exits` changes the probabilities that a threshold was chosen for: give an `exit_strategy` "
                 "such as entropy, whose threshold is then chosen anew. Got none."
+            )
+
+    def warn_of_unused(self, config: GamlConfigMixin) -> None:
+        """Tell what is given and, as the model's config is, changes nothing in the training."""
+        given = {name for name, value in asdict(self).items() if value is not None}
+        if "ga_granularity" in given and config.ga_mode == "none":
+            logger.warning("`ga_granularity` is not used: without `ga_mode` soft or hard nothing is aligned.")
+        unused = sorted(given & {"alpha", "kd_reduction", "kd_temperature", "kd_temperature_growth"})
+        if unused and not distillation_pairs(config.distillation, config.exit_layers):
+            logger.warning(
+                "%s not used: no exit teaches another (`distillation=%r`).",
+                " and ".join(f"`{name}`" for name in unused) + (" are" if len(unused) > 1 else " is"),
+                config.distillation,
             )
 
     def config_fields(self) -> dict:
@@ -521,6 +535,7 @@ def make_trainer(
     if training_args.do_train:
         label_names, labels = [config.id2label[k] for k in range(config.num_labels)], train_rows["labels"][:]
         callbacks.append(TrainRows.of(labels))
+        gaml_args.warn_of_unused(config)
         if absent := sorted(set(range(config.num_labels)) - set(labels)):
             logger.warning(
                 "No row to train on is of %s: all that there are were set aside (`holdout_fraction`), or there are "
