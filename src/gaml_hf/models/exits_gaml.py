@@ -198,7 +198,7 @@ class ExitsMixin(ExitsBase, EncoderHooks):
         mask = (
             torch.ones(batch_size, length, dtype=torch.bool) if attention_mask is None else attention_mask.cpu().bool()
         )
-        self._check_padding(mask)  # of a GPU: here it is at hand
+        _check_padding(mask)  # of a GPU: here it is at hand
         layout = Layout(mask, hidden_states.device, lambda places: self._shared_by_layers(hidden_states, places))
         tokens = layout.pack(hidden_states)  # (num_tokens, hidden_size), [CLS] of each row first
         rows = list(range(batch_size))  # numbers in the batch of the rows still there
@@ -404,16 +404,16 @@ class ExitsMixin(ExitsBase, EncoderHooks):
         if labels is not None:
             self._check_range("labels", labels, self.config.num_labels, "`num_labels` of the model")
         if attention_mask is not None:
-            self._check_padding(attention_mask)
+            _check_padding(attention_mask)
 
-    @staticmethod
-    def _check_padding(attention_mask: Tensor) -> None:
-        if not attention_mask[:, 0].all():
-            row = int((attention_mask[:, 0] == 0).nonzero()[0])
-            raise ValueError(
-                f"`attention_mask` must be 1 at the first position of every row, where its text begins. Row {row} "
-                'starts with padding; pad on the right (`padding_side="right"`).'
-            )
+
+def _check_padding(attention_mask: Tensor) -> None:
+    if not attention_mask[:, 0].all():
+        row = int((attention_mask[:, 0] == 0).nonzero()[0])
+        raise ValueError(
+            f"`attention_mask` must be 1 at the first position of every row, where its text begins. Row {row} starts "
+            'with padding; pad on the right (`padding_side="right"`).'
+        )
 
 
 def mean_over_tokens(hidden_states: Tensor, mask: Tensor | None) -> Tensor:
