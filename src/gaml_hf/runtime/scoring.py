@@ -208,7 +208,7 @@ def score_file(
     if target.suffix not in (".csv", ".jsonl", ".parquet"):
         raise ValueError(f"`target` must end in .csv, .jsonl or .parquet. Got `{target}`.")
     # What would come out after the last row, or take the rows away.
-    target = target.resolve()  # of a link, what it leads to is written
+    target = target.resolve() if target.is_symlink() else target  # what a link leads to is written
     if (target.exists() and not target.is_file()) or not target.parent.is_dir():
         raise ValueError(f"`target` must be a file in a folder that is there. Got `{target}`.")
     if target.exists() and not os.access(target, os.W_OK):
