@@ -364,13 +364,13 @@ def _word_from(start: int, encoding: Any) -> int | None:
     return next((i for i in range(start, len(words)) if words[i] not in (words[i - 1], words[-1])), None)
 
 
-def checked_texts(row: Any, columns: Sequence[str] | None) -> dict[str, str]:
+def checked_texts(row: Any, columns: Sequence[str] | None = None) -> dict[str, str]:
     """
     The texts of one row: the one place that says what a row is.
 
     Args:
         row (`str` or `dict`): a text, or `{"text": ..., "text_pair": ...}`, where only `text_pair` may be left out.
-        columns (`list[str]`, *optional*): `text_columns` of the config: a row has as many texts.
+        columns (`list[str]`, *optional*): `text_columns` of the config: a row has as many texts. By default, any.
 
     Returns:
         `dict[str, str]`: the texts under the names the tokenizer knows.
