@@ -611,7 +611,12 @@ DEEP = "[" * 100_000
         ('{"inputs": ' + "9" * 5000 + "}", JSON, 422, "validation"),
         ("", JSON, 422, "validation"),
         ('{"inputs": "a"}', {"content-type": "text/plain"}, 415, "unsupported_media_type"),
-        (gzip.compress(b'{"inputs": "a"}', mtime=0), JSON | {"content-encoding": "gzip"}, 415, "unsupported_media_type"),
+        (
+            gzip.compress(b'{"inputs": "a"}', mtime=0),
+            JSON | {"content-encoding": "gzip"},
+            415,
+            "unsupported_media_type",
+        ),
         ('{"inputs": "' + "a" * 200_000 + '"}', JSON, 413, "too_large"),
         (json.dumps({"inputs": [["a"]] * 33}), JSON, 413, "too_large"),
     ],
