@@ -103,7 +103,8 @@ def _scored(parser: argparse.ArgumentParser, options: argparse.Namespace) -> dic
 
     from gaml_hf.runtime.scoring import ClassifierLoader, score_file
 
-    trained = _trained_columns(options.model, options.revision)
+    revision = _commit(options.model, options.revision)  # one for all that is read, whatever is pushed meanwhile
+    trained = _trained_columns(options.model, revision)
     text_columns = options.text_columns or trained or ["text"]
     if trained is not None and len(text_columns) != len(trained):
         parser.error(
@@ -112,7 +113,6 @@ def _scored(parser: argparse.ArgumentParser, options: argparse.Namespace) -> dic
         )
 
     model, device, engine = options.model, options.device, None
-    revision = _commit(model, options.revision)  # one for all processes, whatever is pushed meanwhile
     if options.engine == "ray":
         try:
             from gaml_hf.runtime.ray_scoring import RayEngine

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 from torch.utils.data import Dataset, IterableDataset
 from transformers import BertConfig, BertModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from gaml_hf import PAPER_LETTER, GamlBertConfig, GamlBertForSequenceClassification, GamlTrainer
 from gaml_hf.evaluation import ExitMetrics
@@ -540,6 +541,12 @@ def test_a_temperature_that_has_grown_is_of_one_training(tmp_path):
         _interrupt(trainer, at=2)
     trainer.train()
     assert seen[-3:] == approx([0.01, 0.0125, 0.015625])
+    trainer.args.save_strategy, trainer.args.save_steps = SaveStrategy.STEPS, 1
+    with raises(KeyboardInterrupt):
+        _interrupt(trainer, at=2)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert seen[-2:] == approx([0.0125, 0.015625])
+    assert model.config.kd_temperature == 0.01
 
 
 def _interrupt(trainer, at):

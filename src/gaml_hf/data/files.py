@@ -153,7 +153,7 @@ class RowFile:
         if names:
             rows = list(islice(self._json(of_all=True), SAMPLE))
             good = [row for row in rows if isinstance(row, dict)]
-            if rows and (not good or not self.tells_bad_rows) and len(good) < len(rows):
+            if len(good) < len(rows) and (not good or not self.tells_bad_rows):
                 raise next(row for row in rows if isinstance(row, ValueError))
             yield list(dict.fromkeys(name for row in good for name in row))
             return

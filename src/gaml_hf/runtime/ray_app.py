@@ -101,9 +101,8 @@ def app(arguments: Arguments) -> serve.Application:
     is_export = is_folder and is_onnx_export(model)
     device = arguments.device or ("cuda" if arguments.num_gpus and not is_export else "cpu")
     prepack = arguments.prepack and device == "cpu" and not is_export
-    revision = _commit(
-        model, arguments.revision
-    )  # one for all replicas, those to come too, whatever is pushed meanwhile
+    # One for all replicas, those to come too, whatever is pushed meanwhile.
+    revision = _commit(model, arguments.revision)
     return Classifier.options(
         num_replicas=arguments.num_replicas,
         ray_actor_options={"num_cpus": arguments.num_cpus, "num_gpus": arguments.num_gpus},

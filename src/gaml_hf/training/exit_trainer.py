@@ -192,7 +192,8 @@ class ExitTrainer(RobustTrainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         config = self.bare_model.config  # of a new model, where there is a `model_init`
         if config.kd_temperature_growth > 1:  # go on from where it had grown to
-            self._given_temperature = config.kd_temperature
+            if self._given_temperature is None:  # else of a training before, which did not come to its end
+                self._given_temperature = config.kd_temperature
             config.kd_temperature = self._stored_config(Path(resume_from_checkpoint))["kd_temperature"]
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
